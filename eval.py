@@ -1,0 +1,194 @@
+"""How good is it? A model attempts held-out problems, and its attempts are measured.
+
+    python eval.py --model runs/sums/stage2                 greedy, two attempts, 2,000 problems
+    python eval.py --model runs/sums/stage2 --attempts 4    more attempts than in training
+    python eval.py --plot runs/sums                         the learning curve, as a PNG
+
+The metrics are those of section 3 of the paper. delta_i_to_c and delta_c_to_i are fractions of ALL
+problems, so that acc_t2 - acc_t1 = delta_i_to_c - delta_c_to_i. Next to read: score.py.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import Chat, InputError, Problem, load_problems, read_chat
+from rewards import stated_answer
+from runs import load_checkpoint, plot_run, read_json, write_atomically
+from sample import Episode, Sampling, rollout
+
+Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
+
+# --- 1. Metrics (section 3 of the paper) -----------------------------------------------------
+
+
+def measure(episodes: list[Episode]) -> dict[str, float]:
+    """Every metric of the README's table, over all episodes; shares and accuracies in [0, 1]."""
+    n, attempts = len(episodes), list(zip(*(e.attempts for e in episodes), strict=True))
+    right = [[attempt.reward == 1.0 for attempt in column] for column in attempts]
+    metrics = {f"acc_t{i}": sum(column) / n for i, column in enumerate(right, start=1)}
+    if len(right) > 1:
+        gained = sum(after > before for before, after in zip(*right[:2], strict=True)) / n
+        lost = sum(after < before for before, after in zip(*right[:2], strict=True)) / n
+        pairs = [e.attempts[:2] for e in episodes]
+        metrics |= {"delta": metrics["acc_t2"] - metrics["acc_t1"]}
+        metrics |= {"delta_i_to_c": gained, "delta_c_to_i": lost}
+        metrics["copied"] = sum(same_statement(e) for e in episodes) / n
+        metrics["edit_ratio"] = sum(edit_ratio(y1.tokens, y2.tokens) for y1, y2 in pairs) / n
+    everything = [attempt for column in attempts for attempt in column]
+    metrics["cut_off"] = sum(not attempt.finished for attempt in everything) / len(everything)
+    for i, column in enumerate(attempts, start=1):
+        metrics[f"length_t{i}"] = sum(len(attempt.tokens) for attempt in column) / n
+    return metrics
+
+
+def same_statement(episode: Episode) -> bool:
+    """Does attempt 2 state the answer of attempt 1? Where none is readable, the texts decide."""
+    y1, y2 = episode.attempts[:2]
+    stated = [stated_answer(y.text, episode.problem.task) or y.text for y in (y1, y2)]
+    return stated[0] == stated[1]
+
+
+def edit_ratio(one: list[int], two: list[int]) -> float:
+    """Edit distance over the total length of both attempts, in tokens (Figure 3); in [0, 1].
+
+    Levenshtein distance by Hyyrö's bit-parallel recurrence: bit i of `rise` (`fall`) says that the
+    distance grows (shrinks) by one from row i to i + 1 of the current column.
+    """
+    full, top = (1 << len(one)) - 1, 1 << max(len(one) - 1, 0)
+    where = {token: sum(1 << i for i, t in enumerate(one) if t == token) for token in set(one)}
+    rise, fall, distance = full, 0, len(one)
+    for token in two:
+        match = where.get(token, 0)
+        diagonal = (((match & rise) + rise) ^ rise) | match | fall
+        right_rise, right_fall = fall | (full & ~(diagonal | rise)), rise & diagonal
+        distance += bool(right_rise & top) - bool(right_fall & top)
+        right_rise = (right_rise << 1) | 1
+        rise = ((right_fall << 1) | ~(diagonal | right_rise)) & full
+        fall = right_rise & diagonal & full
+    distance = distance if one else len(two)
+    return distance / max(len(one) + len(two), 1)
+
+
+def intervals(metrics: dict[str, float], n: int) -> dict[str, tuple[float, float]]:
+    """95 % intervals: Wilson's for shares, Agresti and Min's for delta (paired: same problems)."""
+    shares = [name for name in metrics if name.startswith(("acc_", "delta_", "copied", "cut_off"))]
+    result = {name: wilson(metrics[name], n) for name in shares}
+    if "delta" in metrics:
+        gained, lost = metrics["delta_i_to_c"] * n + 0.5, metrics["delta_c_to_i"] * n + 0.5
+        middle = (gained - lost) / (n + 2)
+        spread = Z95 * ((gained + lost - (gained - lost) ** 2 / (n + 2)) ** 0.5) / (n + 2)
+        result["delta"] = (middle - spread, middle + spread)
+    return result
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    middle = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    spread = Z95 * (share * (1 - share) / n + Z95**2 / (4 * n**2)) ** 0.5 / (1 + Z95**2 / n)
+    return middle - spread, middle + spread
+
+
+def evaluate(model, chat: Chat, problems: list[Problem], sampling: Sampling, rows: int = 500):
+    """Episodes and metrics of a model over `problems`, `rows` of them at a time."""
+    batches = [problems[start : start + rows] for start in range(0, len(problems), rows)]
+    bar = tqdm(batches, desc="eval", unit="batch", leave=False)
+    episodes = [episode for batch in bar for episode in rollout(model, chat, batch, sampling)]
+    return episodes, measure(episodes)
+
+
+# --- 2. Main -----------------------------------------------------------------------------------
+
+
+def as_text(episode: Episode) -> str:
+    """An episode as lines to read."""
+    lines = [f"  problem    {episode.problem.question}   (answer: {episode.problem.answer})"]
+    for number, attempt in enumerate(episode.attempts, start=1):
+        verdict = "right" if attempt.reward else "wrong"
+        lines.append(f"  attempt {number}  {attempt.text}   {verdict}")
+    return "\n".join(lines) + "\n\n"
+
+
+def transcript_line(episode: Episode) -> str:
+    attempts = [vars(attempt) for attempt in episode.attempts]
+    return json.dumps({**vars(episode.problem), "x1": episode.x1, "attempts": attempts}) + "\n"
+
+
+def as_table(rows: dict[str, dict[str, float]]) -> str:
+    """The five metrics of the paper and the share of copied answers, a line a model."""
+    names = ["acc_t1", "acc_t2", "delta", "delta_i_to_c", "delta_c_to_i", "copied"]
+    heads = ["acc@t1", "acc@t2", "delta", "i->c", "c->i", "copied"]
+    lines = [" " * 16 + "".join(f"{head:>8}" for head in heads)]
+    lines += [f"{row:16}" + "".join(f"{m[name]:8.3f}" for name in names) for row, m in rows.items()]
+    return "\n".join(lines)
+
+
+def reject(message: str) -> None:
+    """argparse's errors as one sentence."""
+    raise InputError(message)
+
+
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", help="checkpoint folder, or name on the Hugging Face hub")
+    parser.add_argument("--task", default="sums")
+    parser.add_argument("--attempts", type=int, default=2)
+    parser.add_argument("--problems", type=int, default=2000, help="held-out problems")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--max-new-tokens", type=int, default=10, help="of one attempt")
+    parser.add_argument("--seed", default="eval", help="of sampling, at a temperature above 0")
+    parser.add_argument("--out", type=Path, help="folder to write to (default: MODEL/eval)")
+    parser.add_argument("--plot", type=Path, metavar="RUN", help="draw a run's learning curve")
+    parser.error = reject
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status: 0 done, 2 bad input."""
+    try:
+        args = parse_flags(argv)
+        if args.plot:
+            print(f"wrote {plot_run(args.plot)}")
+        else:
+            report(args)
+    except InputError as error:
+        print(f"eval.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def report(args: argparse.Namespace) -> None:
+    """Evaluate a model, print every metric with its interval, write metrics.json and transcripts."""
+    for name in ("attempts", "problems", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be 1 or more")
+    if not args.model:
+        raise InputError("--model is missing: name a checkpoint folder, or --plot a run folder")
+    if not args.temperature >= 0:
+        raise InputError(f"--temperature {args.temperature} must be 0 (greedy) or more")
+    problems = load_problems(args.task, "test", args.problems)
+    settings = {key: str(value) for key, value in vars(args).items() if key not in ("out", "plot")}
+    local = Path(args.model).is_dir()
+    folder = args.out or (Path(args.model) if local else Path("runs") / args.model) / "eval"
+    if read_json(folder / "metrics.json").get("settings", settings) != settings:
+        raise InputError(f"--out {folder} holds another evaluation: name another folder")
+    model, tokenizer = load_checkpoint(args.model)
+    chat = read_chat(tokenizer, model, args.task)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    sampling = Sampling(args.attempts, args.max_new_tokens, args.temperature, args.seed)
+    episodes, metrics = evaluate(model, chat, problems, sampling)
+    bounds = intervals(metrics, len(episodes))
+    for name, value in metrics.items():
+        low_high = "[{:.3f}, {:.3f}]".format(*bounds[name]) if name in bounds else ""
+        print(f"{name:14}{value:8.3f}  {low_high}")
+    record = {"settings": settings, "metrics": metrics, "intervals": bounds}
+    write_atomically(folder / "metrics.json", json.dumps(record, indent=2))
+    write_atomically(folder / "transcripts.jsonl", "".join(map(transcript_line, episodes)))
+    print(f"wrote {folder}/metrics.json and transcripts.jsonl")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

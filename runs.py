@@ -1,0 +1,225 @@
+"""What is kept: checkpoints, the run folder, the state to resume from, and the learning curve.
+
+    runs/sums/  config.json     settings, versions, git commit
+                metrics.jsonl   one line a step
+                samples.txt     transcripts to read
+                results.json    greedy metrics of base and stages on held-out problems
+                base/  stage1/  stage2/     save_pretrained folders with their tokenizer
+                state.pt        weights, Adam and progress, for --resume
+                curve.png       drawn by `python eval.py --plot`
+
+Every file is written beside its place and then moved there, so a kill leaves the old or the new one,
+never half of one. The two logs grow by a line a step; state.pt remembers how long they were, and
+--resume cuts them back to that.
+"""
+
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from data import InputError
+
+LOGS = ("metrics.jsonl", "samples.txt")
+
+
+@dataclass
+class Run:
+    """A run folder, the lines of its metrics.jsonl, and its results.json by model."""
+
+    folder: Path
+    lines: list[dict] = field(default_factory=list)
+    results: dict[str, dict] = field(default_factory=dict)
+    stopping: bool = False  # a signal came: save and leave after this step
+
+    def log(self, line: dict, samples: str = "") -> None:
+        """Append one step to metrics.jsonl, and text to samples.txt."""
+        self.lines.append(line)
+        for name, text in zip(LOGS, (json.dumps(line) + "\n", samples), strict=True):
+            with (self.folder / name).open("a") as file:
+                file.write(text)
+
+    def write_results(self, name: str, metrics: dict) -> None:
+        self.results[name] = metrics
+        write_atomically(self.folder / "results.json", json.dumps(self.results, indent=2))
+
+    def stop_on_signals(self) -> None:
+        """Ctrl-C and SIGTERM let the step end, save and leave; a second one leaves at once."""
+
+        def stop(number, _frame):
+            self.stopping = True
+            signal.signal(number, signal.SIG_DFL)
+
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
+
+
+# --- 1. Text files ---------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a whole file or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file, {} if there is no such file; InputError if it is damaged."""
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged and kept as it is: restore it") from error
+
+
+def read_metrics(path: Path, size: int | None = None) -> list[dict]:
+    """The lines of a metrics.jsonl, or of its first `size` bytes; InputError names a damaged one."""
+    if not path.exists():
+        raise InputError(f"{path} is missing: name a run folder of score.py")
+    text, lines = path.read_bytes(), []
+    if size is not None and len(text) < size:
+        raise InputError(f"{path} is damaged (cut short) and kept as it is: restore it")
+    for number, line in enumerate(text[:size].splitlines(), start=1):
+        try:
+            lines.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path} is damaged in line {number}, and kept: restore it") from error
+    return lines
+
+
+def describe(settings: dict, earlier: dict) -> str:
+    """The text of config.json: all that is needed to do the run again, and the commands before."""
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    versions = {"python": platform.python_version()}
+    versions |= {module.__name__: module.__version__ for module in (torch, transformers)}
+    before = [*earlier.pop("earlier", []), earlier] if earlier else []
+    record = {"settings": settings, "versions": versions, "commit": commit, "earlier": before}
+    return json.dumps(record, indent=2)
+
+
+# --- 2. Checkpoints and state ------------------------------------------------------------------
+
+
+def load_checkpoint(name: str):
+    """Model (float32, eval mode) and tokenizer of a checkpoint folder or a hub name.
+
+    Models with an attention softcap (Gemma 2) get eager attention: sdpa may drop the softcap.
+    Dropout stays off in training too: it would make the scored policy another than the sampled.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+        raise InputError(f"{name} is no checkpoint: the folder has no config.json")
+    try:
+        config = AutoConfig.from_pretrained(name)
+        attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, attn_implementation=attention
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # whatever a damaged folder or an absent network raises
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"{name} is no checkpoint that can be loaded: {reason}") from error
+    return model.eval(), tokenizer
+
+
+def save_checkpoint(folder: Path, model, tokenizer) -> None:
+    """A plain save_pretrained folder; the one before stays until the new one is whole."""
+    part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_state(run: Run, state: dict) -> None:
+    """All that --resume needs, in one file that is replaced at once."""
+    logs = [run.folder / name for name in LOGS]
+    sizes = {log.name: log.stat().st_size if log.exists() else 0 for log in logs}
+    part = run.folder / "state.pt.part"
+    torch.save({**state, "sizes": sizes}, part)
+    os.replace(part, run.folder / "state.pt")
+
+
+def load_state(folder: Path) -> tuple[Run, dict]:
+    """The run and its state as they were last saved; a damaged file is named, and kept."""
+    path = folder / "state.pt"
+    if not path.exists():
+        raise InputError(f"--out {folder} holds no run to resume: leave out --resume to begin one")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        sizes = dict(state["sizes"])
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise InputError(f"{path} is damaged and kept as it is: begin anew with --out") from error
+    run = Run(folder, results=read_json(folder / "results.json"))
+    if sizes["metrics.jsonl"]:
+        run.lines = read_metrics(folder / "metrics.jsonl", sizes["metrics.jsonl"])
+    for name, size in sizes.items():  # what came after the last save is done again
+        if (folder / name).exists():
+            os.truncate(folder / name, size)
+    return run, state
+
+
+# --- 3. The learning curve ---------------------------------------------------------------------
+
+PANELS = {
+    "share of sampled episodes": {
+        "acc_t1": "acc@t1",
+        "acc_t2": "acc@t2",
+        "delta": "delta",
+        "copied": "answers copied",
+    },
+    "KL to the base, nats": {"kl_t1": "of attempt 1", "kl_t2": "of attempt 2"},
+}
+
+
+def plot_run(folder: Path) -> Path:
+    """Draw metrics.jsonl of a run to FOLDER/curve.png; each point is a mean over 10 steps."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    if not lines:
+        raise InputError(f"{folder}/metrics.jsonl holds no step yet: nothing to draw")
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise InputError("--plot needs matplotlib: pip install -r requirements-dev.txt") from error
+    steps = [line["step"] for line in lines]
+    starts = [i for i, line in enumerate(lines) if i == 0 or line["stage"] != lines[i - 1]["stage"]]
+    figure, axes = plt.subplots(
+        len(PANELS), 1, figsize=(8, 5.6), sharex=True, height_ratios=[3, 2], layout="constrained"
+    )
+    for axis, (title, curves) in zip(axes, PANELS.items(), strict=True):
+        for name, label in curves.items():
+            axis.plot(steps, smoothed([line[name] for line in lines]), label=label)
+        for start in starts:
+            axis.axvline(steps[start], color="0.85", zorder=0)
+        axis.set_ylabel(title)
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    for start in starts:
+        label = f" Stage {'I' * lines[start]['stage']}"
+        axes[0].text(steps[start], 1.02, label, transform=axes[0].get_xaxis_transform())
+    axes[-1].set_xlabel("step")
+    figure.savefig(folder / "curve.png", dpi=120)
+    plt.close(figure)
+    return folder / "curve.png"
+
+
+def smoothed(values: list[float], window: int = 10) -> list[float]:
+    """The mean of each value and the up to `window` - 1 before it."""
+    windows = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in windows]

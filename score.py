@@ -1,0 +1,534 @@
+"""SCoRe: a language model learns to correct itself, by reinforcement on its own attempts.
+
+    x1 ──▶ y1 ──▶ x2 = x1 y1 p1 ──▶ y2         p1: "there might be an error, rewrite the solution"
+           │                        │
+           r1 = r̂(y1, y*)           r2 = r̂(y2, y*)        1 if the answer is right, else 0
+
+    what multiplies the log-prob of a token    in y1            in y2
+      Stage I   (Eq. 3)                        0                r2
+      Stage II  (Eq. 4 and the bonus)          r1               r2 + α (r2 - r1)
+    each less its baseline; and a penalty      β2 KL, then β1   β1 KL
+
+    (Eq. 3)  max E[ r̂(y2, y*) - β2 KL(π(·|x1) ‖ π_ref(·|x1)) ]    and Eq. 2's β1 KL on y2
+    (Eq. 4)  max E[ Σᵢ r̂(yᵢ, y*) - β1 KL(π(·|xᵢ) ‖ π_ref(·|xᵢ)) ]
+    (bonus)  b̂(y2 | y1, y*) = α (r̂(y2, y*) - r̂(y1, y*)), added to r̂(y2, y*) of Eq. 4
+
+π is the policy, π_ref the frozen base model, y* the true answer; k samples are drawn a problem.
+Plain RL learns a better attempt 1 and then copies it. Stage I holds attempt 1 at the base model, so
+that reward can come only from what attempt 2 changes. Stage II trains both, and the bonus pays for
+wrong -> right and fines right -> wrong. y1 is never paid for r2 or the bonus (γ = 0, A.4): with
+α = 10 it would earn -9 for being right.
+
+    python score.py                 base model, Stage I and Stage II on column addition, on a CPU
+    python score.py --stage 1       only Stage I; then --stage 2 goes on from there
+
+Left out: a value model (siblings are the baseline), PPO's ratio and clipping (one update a batch,
+so the ratio is 1), dividing by length or by the spread of rewards (it would cancel α). The loss is
+no learning curve: only its gradient means something. Read data.py, rewards.py, eval.py before.
+"""
+
+import argparse
+import copy
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import Chat, InputError, Problem, load_problems, read_chat
+from eval import as_table, as_text, evaluate, measure, reject
+from runs import (
+    Run,
+    describe,
+    load_checkpoint,
+    load_state,
+    read_json,
+    read_metrics,
+    save_checkpoint,
+    save_state,
+    write_atomically,
+)
+from sample import Episode, Sampling, rollout, segments
+from sft import fit_builtin
+
+ALARM_STEPS = 10  # an alarm looks at the mean of so many steps
+ALARM_METRICS = ("acc_t1", "acc_t2", "copied", "cut_off", "kl_t1", "kl_t2")
+
+
+def flag(default, words: str):
+    return field(default=default, metadata={"help": words})
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run. Defaults fit the built-in task; Table 8 is the paper's, for MATH."""
+
+    stage: str = flag("1,2", "stages in order, such as 1 or 1,2,1,2")
+    model: str = flag("builtin", "base model: builtin, a checkpoint folder or a hub name")
+    init: str = flag("", "checkpoint folder to start the policy from (default: base, or Stage I)")
+    task: str = flag("sums", "what to learn")
+    out: str = flag("runs/sums", "run folder")
+    seed: int = flag(0, "of base model, data order and sampling")
+    steps1: int = flag(250, "updates in Stage I; split NOT STATED (Table 8: 3000 in all)")
+    steps2: int = flag(250, "updates in Stage II")
+    batch: int = flag(
+        256, "episodes a step, k of each problem (Table 8: 512, of which, NOT STATED)"
+    )
+    k: int = flag(8, "samples a problem, at least 2; NOT STATED (RLOO's paper: 2 and 4)")
+    lr: float = flag(1e-3, "Adam's learning rate (Table 8: 5e-6; 80,000 weights bear more)")
+    alpha: float = flag(10.0, "weight of the bonus (Table 8: 10)")
+    beta1: float = flag(0.01, "weight of the ordinary KL (Table 8: 0.01)")
+    beta2: float = flag(0.1, "weight of Stage I's KL on attempt 1 (Table 8: 0.1)")
+    offline: float = flag(0.0, "share of problems whose attempt 1 is the base's (section 5.3)")
+    clip: float = flag(1.0, "largest gradient norm; NOT STATED, 1 is the custom")
+    max_new_tokens: int = flag(10, "of one attempt; NOT STATED; a sum needs 9")
+    micro_batch: int = flag(256, "episodes a forward pass; changes memory, not the result")
+    save_every: int = flag(25, "steps between saves; the best of them is the stage's checkpoint")
+    show_every: int = flag(25, "steps between transcripts in samples.txt")
+    problems: int = flag(2000, "held-out problems in the table at the end")
+    resume: bool = flag(False, "go on with the interrupted run in --out")
+
+
+# Shapes: B episodes (k samples of a problem adjacent), T attempt columns, V vocabulary.
+# --- 1. Rewards and bonus --------------------------------------------------------------------
+
+
+def bonus(r1: torch.Tensor, r2: torch.Tensor, alpha: float) -> torch.Tensor:
+    """b̂(y2 | y1, y*) = α (r̂(y2, y*) - r̂(y1, y*)), the shaping of Stage II (section 5.2); (B,)."""
+    assert r1.dim() == 1 and r1.shape == r2.shape
+    return alpha * (r2 - r1)
+
+
+# --- 2. Baseline -----------------------------------------------------------------------------
+
+
+def leave_one_out(r: torch.Tensor, k: int) -> torch.Tensor:
+    """Mean reward of an episode's k - 1 siblings (RLOO, Ahmadian et al. 2024); (B,) -> (B,).
+
+    The own sample is left out: a baseline that knew the action would bias the gradient.
+    """
+    assert r.dim() == 1 and k >= 2 and len(r) % k == 0
+    groups = r.view(-1, k)
+    return ((groups.sum(dim=1, keepdim=True) - groups) / (k - 1)).view(-1)
+
+
+# --- 3. Log-probs and KL ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One attempt of B episodes: r and the siblings' mean r (B,); logp and kl (B, T), 0 outside."""
+
+    r: torch.Tensor
+    siblings: torch.Tensor
+    logp: torch.Tensor
+    kl: torch.Tensor
+
+
+def kl_divergence(log_probs: torch.Tensor, ref_log_probs: torch.Tensor) -> torch.Tensor:
+    """KL(π ‖ π_ref) of the next token, exact: Σ_v π(v) (log π(v) - log π_ref(v)); (.., V) -> (..).
+
+    NOT IN PAPER: the estimator. A sum over the vocabulary has less variance than log π/π_ref of
+    the sampled token alone.
+    """
+    assert log_probs.shape == ref_log_probs.shape
+    return (log_probs.exp() * (log_probs - ref_log_probs)).sum(dim=-1)
+
+
+def reinforce(y: Scored, advantage: torch.Tensor) -> torch.Tensor:
+    """Σ_t A log π(y_t): its gradient is REINFORCE's, every token of y credited with A; (B,)."""
+    assert advantage.shape == y.r.shape and not advantage.requires_grad
+    return advantage * y.logp.sum(dim=1)
+
+
+def kl_penalty(y: Scored) -> torch.Tensor:
+    """Σ_t KL_t, with the whole gradient of its expectation; (B,).
+
+    ∇ E[Σ_t KL_t] = E[Σ_t ∇KL_t + ∇log π(y_t) Σ_{t' > t} KL_t']: a token answers for its own KL and,
+    since it decides where the attempt goes on, for the KL to come.
+    """
+    to_come = (y.kl.sum(dim=1, keepdim=True) - y.kl.cumsum(dim=1)).detach()  # (B, T)
+    return (y.kl + to_come * y.logp).sum(dim=1)
+
+
+# --- 4. The objectives -----------------------------------------------------------------------
+# To be maximised. The value means nothing, its gradient is that of the equation.
+
+
+def stage1_objective(y1: Scored, y2: Scored, beta1: float, beta2: float) -> torch.Tensor:
+    """Eq. 3 (ICLR): E[ r̂(y2, y*) - β2 KL(π(·|x1) ‖ π_ref(·|x1)) ], and Eq. 2's β1 KL on y2; (B,).
+
+    y1 earns nothing: it is only held at the base model.
+    """
+    advantage2 = y2.r - y2.siblings
+    return (
+        reinforce(y2, advantage2)
+        - beta2 * kl_penalty(y1)
+        - beta1 * kl_penalty(y2)
+    )  # fmt: skip
+
+
+def stage2_objective(y1: Scored, y2: Scored, beta1: float, alpha: float) -> torch.Tensor:
+    """Eq. 4 (ICLR): E[ Σᵢ r̂(yᵢ, y*) - β1 KL(π(·|xᵢ) ‖ π_ref(·|xᵢ)) ], the bonus added to r̂(y2); (B,).
+
+    The baseline of y2 is the siblings' r2 with the bonus it would bring after this y1: -α r1 is
+    known before y2 is sampled, and cancels. So advantage2 = (1 + α) (r2 - siblings' mean r2).
+    """
+    advantage1 = y1.r - y1.siblings
+    advantage2 = (y2.r + bonus(y1.r, y2.r, alpha)) - (y2.siblings + bonus(y1.r, y2.siblings, alpha))
+    return (
+        reinforce(y1, advantage1) + reinforce(y2, advantage2)
+        - beta1 * kl_penalty(y1)
+        - beta1 * kl_penalty(y2)
+    )  # fmt: skip
+
+
+# --- 5. One update ---------------------------------------------------------------------------
+
+
+@dataclass
+class Learner:
+    """The policy that learns, the frozen reference, Adam, the prompts' ids and the settings."""
+
+    policy: torch.nn.Module
+    ref: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    chat: Chat
+    cfg: Config
+
+
+def collate(episodes: list[Episode], chat: Chat, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and the attempt each belongs to, 0 for those in no loss, padded right; (B, S) each.
+
+    In no loss are prompts, instructions, a forced end token and a y1 that another policy sampled.
+    Under causal attention nothing looks to the right, so the pads need no attention mask.
+    """
+    rows = []
+    for episode in episodes:
+        parts = segments(chat, episode.x1, episode.attempts)[:-1]  # no prompt after the last
+        own = {1: 0} if episode.offline else {}
+        rows.append([(token, own.get(n, n)) for tokens, n in parts for token in tokens])
+    width = max(map(len, rows))
+    pairs = torch.tensor([row + [(0, 0)] * (width - len(row)) for row in rows], device=device)
+    return pairs[..., 0], pairs[..., 1]
+
+
+def next_log_probs(model, tokens: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """float32 log-probs of the tokens at `columns` (T,) given all before them; (B, T, V)."""
+    logits = model(input_ids=tokens, use_cache=False, logits_to_keep=columns - 1).logits
+    return logits.float().log_softmax(dim=-1)
+
+
+def score(learner: Learner, tokens: torch.Tensor, numbers: torch.Tensor):
+    """logp and kl (B, T), and the attempt number of each (B, T): one forward for both attempts."""
+    columns = (numbers > 0).any(dim=0).nonzero()[:, 0]  # (T,)
+    log_probs = next_log_probs(learner.policy, tokens, columns)  # (B, T, V)
+    with torch.no_grad():
+        ref_log_probs = next_log_probs(learner.ref, tokens, columns)
+    logp = log_probs.gather(2, tokens[:, columns, None])[..., 0]
+    return logp, kl_divergence(log_probs, ref_log_probs), numbers[:, columns]
+
+
+def update(learner: Learner, episodes: list[Episode], stage: int) -> dict[str, float]:
+    """One Adam step on a batch of fresh episodes; returns KL, gradient norm and on-policy gap."""
+    cfg, device = learner.cfg, learner.policy.device
+    tokens, numbers = collate(episodes, learner.chat, device)  # (B, S)
+    r = torch.tensor([[y.reward for y in episode.attempts] for episode in episodes], device=device)
+    siblings = torch.stack([leave_one_out(column, cfg.k) for column in r.unbind(dim=1)], dim=1)
+    learner.optimizer.zero_grad()
+    kls, logps = [], []
+    for rows in torch.arange(len(episodes), device=device).split(cfg.micro_batch):
+        logp, kl, own = score(learner, tokens[rows], numbers[rows])
+        y1, y2 = (
+            Scored(r[rows, i], siblings[rows, i], logp * (own == i + 1), kl * (own == i + 1))
+            for i in range(2)
+        )
+        if stage == 1:
+            objective = stage1_objective(y1, y2, cfg.beta1, cfg.beta2)
+        else:
+            objective = stage2_objective(y1, y2, cfg.beta1, cfg.alpha)
+        loss = -objective.sum() / len(episodes)
+        loss.backward()
+        kls.append(torch.stack([y1.kl.sum(dim=1), y2.kl.sum(dim=1)]).detach())  # (2, B)
+        logps.append(y2.logp.detach().sum(dim=1))  # (B,)
+    norm = torch.nn.utils.clip_grad_norm_(learner.policy.parameters(), cfg.clip)
+    learner.optimizer.step()
+    kl_t1, kl_t2 = torch.cat(kls, dim=1).mean(dim=1).tolist()
+    sampled = torch.tensor([sum(episode.attempts[1].logp) for episode in episodes], device=device)
+    gap = (torch.cat(logps) - sampled).abs().max().item()
+    return {"kl_t1": kl_t1, "kl_t2": kl_t2, "grad_norm": norm.item(), "on_policy_gap": gap}
+
+
+# --- 6. The loop -----------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Random numbers come from (seed, step), so they need no state."""
+
+    index: int = 0  # of the stage in cfg.stage
+    step: int = 0  # updates done in that stage
+    best: float = -1.0  # acc@t2 of the checkpoint kept, over the steps between two saves
+    raised: list[str] = field(default_factory=list)  # alarms
+
+
+def plan_of(stage: str) -> list[tuple[int, str]]:
+    """Stages and the names of their folders: "1,2,1" -> (1, stage1), (2, stage2), (1, stage1-2)."""
+    stages = [part.strip() for part in stage.split(",")]
+    if not set(stages) <= {"1", "2"}:
+        raise InputError(f"--stage {stage} is unknown: name stages 1 and 2, such as 1 or 1,2,1,2")
+    again = [stages[:i].count(name) for i, name in enumerate(stages)]
+    names = [f"stage{s}" + (f"-{n + 1}" if n else "") for s, n in zip(stages, again, strict=True)]
+    return [(int(s), name) for s, name in zip(stages, names, strict=True)]
+
+
+def train(learner: Learner, run: Run, progress: Progress) -> None:
+    """Go through the stages from where `progress` stands; returns early if a signal came."""
+    cfg, plan = learner.cfg, plan_of(learner.cfg.stage)
+    problems = load_problems(cfg.task, "train")
+    while progress.index < len(plan):
+        stage, name = plan[progress.index]
+        steps = cfg.steps1 if stage == 1 else cfg.steps2
+        with tqdm(total=steps, initial=progress.step, desc=name, unit="step") as bar:
+            while progress.step < steps:
+                line = one_step(learner, run, progress, problems, stage)
+                bar.update()
+                bar.set_postfix({key: f"{line[key]:.2f}" for key in ("acc_t1", "acc_t2", "copied")})
+                saving = progress.step % cfg.save_every == 0 or progress.step == steps
+                if saving:
+                    keep_best(learner, run, progress, name)
+                if saving or run.stopping:
+                    save(learner, run, progress)
+                if run.stopping:
+                    return
+        finish_stage(learner, run, progress, name)
+
+
+def one_step(learner: Learner, run: Run, progress: Progress, problems, stage: int) -> dict:
+    """Sample, judge, learn and log, once; returns the line of metrics.jsonl."""
+    began, cfg, number = time.perf_counter(), learner.cfg, len(run.lines)
+    batch = pick(problems, cfg.batch // cfg.k, number, cfg.seed)
+    episodes = sample(learner, [p for p in batch for _ in range(cfg.k)], f"{cfg.seed}/{number}")
+    line = {"step": number, "stage": stage, **measure(episodes), **update(learner, episodes, stage)}
+    progress.step += 1
+    line["alarms"] = raise_alarms([*run.lines, line], run.results["base, sampled"], progress, cfg)
+    line["seconds"] = time.perf_counter() - began
+    shown = episodes[:: cfg.k][:4] if number % cfg.show_every == 0 else []
+    title = f"step {number}, stage {stage}\n\n" if shown else ""
+    run.log(line, title + "".join(map(as_text, shown)))
+    return line
+
+
+def pick(problems: list[Problem], count: int, number: int, seed: int) -> list[Problem]:
+    """The `count` problems of step `number`: every epoch is a new shuffle of all problems."""
+    picked, orders = [], {}
+    for position in range(number * count, (number + 1) * count):
+        epoch, index = divmod(position, len(problems))
+        if epoch not in orders:
+            shuffler = random.Random(f"{seed}/{epoch}")
+            orders[epoch] = shuffler.sample(range(len(problems)), len(problems))
+        picked.append(problems[orders[epoch][index]])
+    return picked
+
+
+def sample(learner: Learner, problems: list[Problem], seed: str) -> list[Episode]:
+    """Fresh episodes of the policy, at temperature 1; a share begins with the base's attempt 1."""
+    cfg, chat = learner.cfg, learner.chat
+    sampling = Sampling(2, cfg.max_new_tokens, temperature=1.0, seed=seed)
+    split = round(cfg.offline * len(problems) / cfg.k) * cfg.k
+    begun = rollout(learner.ref, chat, problems[:split], replace(sampling, attempts=1))
+    continued = rollout(learner.policy, chat, problems[:split], sampling, begun)
+    return continued + rollout(learner.policy, chat, problems[split:], sampling)
+
+
+def raise_alarms(lines: list[dict], base: dict, progress: Progress, cfg: Config) -> list[str]:
+    """Names of the alarms that go off at the last line; each is printed and raised once."""
+    window = lines[-min(ALARM_STEPS, progress.step) :]
+    full = len(window) == ALARM_STEPS
+    mean = {key: sum(line[key] for line in window) / len(window) for key in ALARM_METRICS}
+    fell = mean["acc_t1"] < base["acc_t1"] - 0.05 and mean["acc_t2"] > base["acc_t2"]
+    moved = len(lines) == 1 and not cfg.init and mean["kl_t1"] + mean["kl_t2"] > 1e-3
+    alarms = {
+        "collapse: over 95 % of the answers are copied": full and mean["copied"] > 0.95,
+        "sabotage: acc@t1 fell 5 points below the base while acc@t2 rose": full and fell,
+        "cut off: over 10 % of attempts, raise --max-new-tokens": full and mean["cut_off"] > 0.1,
+        "KL not zero at step 0: policy and reference differ": moved,
+    }
+    new = [text for text, on in alarms.items() if on and text not in progress.raised]
+    for text in new:
+        tqdm.write(f"alarm at step {lines[-1]['step']}: {text}")
+    progress.raised += new
+    return new
+
+
+def keep_best(learner: Learner, run: Run, progress: Progress, name: str) -> None:
+    """Export the policy if acc@t2, over the steps since the last save, is the stage's best.
+
+    NOT IN PAPER: "highest training reward" is read as attempt 2's, smoothed over those steps.
+    """
+    since = (progress.step - 1) % learner.cfg.save_every + 1
+    reward = sum(line["acc_t2"] for line in run.lines[-since:]) / since
+    if reward >= progress.best:
+        progress.best = reward
+        save_checkpoint(run.folder / name, learner.policy, learner.chat.tokenizer)
+
+
+def finish_stage(learner: Learner, run: Run, progress: Progress, name: str) -> None:
+    """Go back to the stage's best checkpoint, evaluate it, and let the next stage begin from it."""
+    best, _ = load_checkpoint(str(run.folder / name))
+    learner.policy.load_state_dict(best.state_dict())
+    learner.optimizer = adam(learner.policy, learner.cfg)
+    run.write_results(name, held_out(learner.policy, learner.chat, learner.cfg, temperature=0.0))
+    progress.index, progress.step, progress.best = progress.index + 1, 0, -1.0
+    save(learner, run, progress)
+
+
+# --- 7. Begin, resume, main ------------------------------------------------------------------
+
+
+def adam(policy, cfg: Config) -> torch.optim.Adam:
+    return torch.optim.Adam(policy.parameters(), lr=cfg.lr)
+
+
+def held_out(model, chat: Chat, cfg: Config, temperature: float) -> dict[str, float]:
+    sampling = Sampling(2, cfg.max_new_tokens, temperature, seed="held out")
+    return evaluate(model, chat, load_problems(cfg.task, "test", cfg.problems), sampling)[1]
+
+
+def save(learner: Learner, run: Run, progress: Progress) -> None:
+    weights = {"policy": learner.policy.state_dict(), "optimizer": learner.optimizer.state_dict()}
+    save_state(run, {**weights, "progress": asdict(progress)})
+
+
+def check(cfg: Config) -> None:
+    """Raise InputError for a setting that cannot work, before anything is written."""
+    plan_of(cfg.stage)
+    positive = ("steps1", "steps2", "batch", "lr", "clip", "max_new_tokens", "micro_batch")
+    for name in (*positive, "save_every", "show_every", "problems"):
+        if not getattr(cfg, name) > 0:
+            raise InputError(f"{as_flag(name)} {getattr(cfg, name)} must be positive")
+    for name in ("alpha", "beta1", "beta2"):
+        if not getattr(cfg, name) >= 0:
+            raise InputError(f"{as_flag(name)} {getattr(cfg, name)} must be 0 or more")
+    if cfg.k < 2:
+        raise InputError(f"--k {cfg.k} leaves no sibling for the baseline: give 2 or more")
+    if cfg.batch % cfg.k:
+        raise InputError(f"--batch {cfg.batch} is not divisible by --k {cfg.k}: change one of them")
+    if not 0 <= cfg.offline <= 1:
+        raise InputError(f"--offline {cfg.offline} is a share of the problems: give 0 to 1")
+
+
+def begin(cfg: Config) -> tuple[Learner, Run, Progress]:
+    """A new run, or Stage II after a finished Stage I; nothing that exists is overwritten."""
+    check(cfg)
+    run, init, record = Run(Path(cfg.out)), cfg.init, read_json(Path(cfg.out) / "config.json")
+    if (run.folder / "metrics.jsonl").exists():
+        run.results = read_json(run.folder / "results.json")
+        if cfg.stage != "2" or "stage1" not in run.results or "stage2" in run.results:
+            raise InputError(
+                f"--out {cfg.out} holds a run already: go on with it by --resume if it was "
+                "interrupted, or begin a new one with another --out"
+            )
+        recorded = record["settings"]
+        if (cfg.model, cfg.task) != (recorded["model"], recorded["task"]):
+            raise InputError(f"--model and --task must stay those of {cfg.out}: leave them out")
+        run.lines, init = read_metrics(run.folder / "metrics.jsonl"), init or f"{cfg.out}/stage1"
+    elif plan_of(cfg.stage)[0][0] == 2 and not init:
+        raise InputError(
+            f"--stage 2 needs a Stage I, and --out {cfg.out} has none: run --stage 1 first, "
+            "or name a checkpoint with --init"
+        )
+    policy = load_checkpoint(init)[0] if init else None
+    same_seed = record.get("settings", {}).get("seed") == cfg.seed
+    learner = build(cfg, policy, reuse=bool(run.lines) or same_seed)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    if not run.results:
+        run.write_results("base", held_out(learner.ref, learner.chat, cfg, temperature=0.0))
+        run.write_results(
+            "base, sampled", held_out(learner.ref, learner.chat, cfg, temperature=1.0)
+        )
+    save(learner, run, Progress())
+    write_atomically(run.folder / "config.json", describe(asdict(cfg), record))
+    return learner, run, Progress()
+
+
+def resume(typed: dict) -> tuple[Learner, Run, Progress]:
+    """The run in --out as it was last saved; its own settings hold, so no other flag may differ."""
+    folder = Path(typed.get("out", Config.out))
+    settings = read_json(folder / "config.json").get("settings")
+    if settings is None:
+        raise InputError(f"--out {folder} holds no run to resume: leave out --resume to begin one")
+    for name in sorted(set(typed) - {"resume", "out"}):
+        if typed[name] != settings[name]:
+            raise InputError(
+                f"{as_flag(name)} {typed[name]} differs from the run's {settings[name]}: --resume "
+                "goes on with a run as it was, so leave the flag out"
+            )
+    cfg = Config(**{**settings, "out": str(folder)})
+    run, state = load_state(folder)
+    learner = build(cfg, None, reuse=True)
+    learner.policy.load_state_dict(state["policy"])
+    learner.optimizer.load_state_dict(state["optimizer"])
+    return learner, run, Progress(**state["progress"])
+
+
+def build(cfg: Config, policy, reuse: bool) -> Learner:
+    """Load (or fit) the base model as reference, and the policy, which begins as its copy."""
+    base = Path(cfg.out) / "base"
+    if cfg.model != "builtin":
+        ref, tokenizer = load_checkpoint(cfg.model)
+    elif reuse and base.exists():
+        ref, tokenizer = load_checkpoint(str(base))
+    else:
+        ref, tokenizer = fit_builtin(cfg.seed)
+        save_checkpoint(base, ref, tokenizer)
+    chat = read_chat(tokenizer, ref, cfg.task)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ref = ref.to(device).eval().requires_grad_(False)
+    policy = (policy or copy.deepcopy(ref)).to(device).eval().requires_grad_(True)
+    return Learner(policy, ref, adam(policy, cfg), chat, cfg)
+
+
+def as_flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parse_flags(argv: list[str] | None) -> dict:
+    """The flags that were given, by name; defaults are left to Config."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.error = reject
+    for item in fields(Config):
+        words = f"{item.metadata['help']} (default: {item.default})".replace("%", "%%")
+        kind = {"action": "store_true"} if item.default is False else {"type": type(item.default)}
+        parser.add_argument(as_flag(item.name), default=argparse.SUPPRESS, help=words, **kind)
+    return vars(parser.parse_args(argv))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status: 0 done, 2 bad input, 130 stopped by a signal."""
+    try:
+        typed = parse_flags(argv)
+        learner, run, progress = resume(typed) if "resume" in typed else begin(Config(**typed))
+    except InputError as error:
+        print(f"score.py: {error}", file=sys.stderr)
+        return 2
+    run.stop_on_signals()
+    train(learner, run, progress)
+    where = "" if learner.cfg.out == Config.out else f" --out {learner.cfg.out}"
+    if run.stopping:
+        print(f"stopped and saved after {len(run.lines)} steps; to go on:")
+        print(f"    python score.py --resume{where}")
+        return 130
+    print(as_table({name: row for name, row in run.results.items() if name != "base, sampled"}))
+    if "stage2" in run.results:
+        print(f"next: python eval.py --model {run.folder}/stage2, or --plot {run.folder}")
+    else:
+        print(f"next: python score.py --stage 2{where}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

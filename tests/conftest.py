@@ -1,0 +1,46 @@
+"""Small models for the tests: random weights, no network, on the CPU."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+torch.set_num_threads(1)
+
+from data import load_problems, read_chat  # noqa: E402
+from sft import builtin_model, builtin_tokenizer  # noqa: E402
+
+
+@pytest.fixture
+def model():
+    """A random built-in model whose attention softcap and sliding window are felt."""
+    return make_model(seed=0)
+
+
+def make_model(seed: int):
+    model = builtin_model(builtin_tokenizer(), seed).eval()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= 12  # at random init the softcap is invisible
+        layer.self_attn.k_proj.weight.data *= 12
+        layer.self_attn.sliding_window = 7
+    model.config.sliding_window = 7
+    model.model.embed_tokens.weight.data *= 4  # tied to the head: sharper distributions
+    return model
+
+
+@pytest.fixture
+def chat(model):
+    """The built-in chat with many end tokens, so that the attempts of a random model differ."""
+    chat = read_chat(builtin_tokenizer(), model, "sums")
+    return replace(chat, end_ids=(chat.close_id, *range(20, 40)))
+
+
+@pytest.fixture
+def problems():
+    """Five problems whose prompts differ in length."""
+    sums = load_problems("sums", "train", 5)
+    cut = [" ".join(p.question.split()[n:]) for n, p in enumerate(sums)]
+    return [replace(p, question=q, id=q) for p, q in zip(sums, cut, strict=True)]

@@ -1,0 +1,327 @@
+"""The maths of the two stages, and one update."""
+
+import copy
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_model
+
+import score
+from sample import Attempt, Sampling, rollout
+from score import (
+    Config,
+    Learner,
+    Scored,
+    adam,
+    bonus,
+    collate,
+    kl_divergence,
+    leave_one_out,
+    stage1_objective,
+    stage2_objective,
+    update,
+)
+
+# --- 1. The exact gradient: 3 tokens, 2 tokens an attempt, 81 episodes -------------------------
+
+ATTEMPTS = list(itertools.product(range(3), repeat=2))  # 9 attempts; attempt 2 also knows which
+EPISODES = [(one, two) for one in range(9) for two in range(9)]
+R1 = torch.tensor([0, 1, 0, 0, 1, 0, 0, 0, 1], dtype=torch.float64)  # of attempts at this problem
+ALPHA, BETA1, BETA2 = 10.0, 0.3, 0.7
+
+
+class Tabular:
+    """Logits for every prefix: attempt 1 (3), (3, 3); attempt 2 (9, 3), (9, 3, 3)."""
+
+    def __init__(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        shapes = [(3,), (3, 3), (9, 3), (9, 3, 3)]
+        self.logits = [
+            torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+            for shape in shapes
+        ]
+
+    def log_probs(self):
+        """Next-token log-probs along each of the 81 episodes; (81, 4, 3)."""
+        first, second, third, fourth = (logits.log_softmax(-1) for logits in self.logits)
+        rows = []
+        for one, two in EPISODES:
+            rows.append([first, second[ATTEMPTS[one][0]], third[one], fourth[one, ATTEMPTS[two][0]]])
+        return torch.stack([torch.stack(row) for row in rows])
+
+    def attempts(self):
+        """log π(y1), (9,), and log π(y2 | y1), (9, 9)."""
+        first, second, third, fourth = (logits.log_softmax(-1) for logits in self.logits)
+        one = torch.stack([first[a] + second[a, b] for a, b in ATTEMPTS])
+        two = torch.stack([third[:, a] + fourth[:, a, b] for a, b in ATTEMPTS], dim=1)
+        return one, two
+
+
+def equation(stage, policy, ref):
+    """Eq. 3 and Eq. 4 with the bonus, by enumeration; y2's context is no action of y2 (γ = 0)."""
+    log_one, log_two = policy.attempts()
+    ref_one, ref_two = (table.detach() for table in ref.attempts())
+    one, two = log_one.exp(), log_two.exp()
+    kl_one = (one * (log_one - ref_one)).sum()
+    kl_two = (two * (log_two - ref_two)).sum(dim=1)  # (9,) by y1
+    if stage == 1:
+        return one.detach() @ (two @ R1 - BETA1 * kl_two) - BETA2 * kl_one
+    shaped = R1[None, :] + ALPHA * (R1[None, :] - R1[:, None])  # (y1, y2)
+    second = one.detach() @ ((two * shaped).sum(dim=1) - BETA1 * kl_two)
+    return one @ R1 - BETA1 * kl_one + second
+
+
+def surrogate(stage, policy, ref, k=2):
+    """Our objective, averaged over all groups of two siblings with their exact probability."""
+    log_probs, ref_log_probs = policy.log_probs(), ref.log_probs().detach()
+    actions = torch.tensor([[*ATTEMPTS[one], *ATTEMPTS[two]] for one, two in EPISODES])
+    logp = log_probs.gather(2, actions[..., None])[..., 0]  # (81, 4)
+    kl = kl_divergence(log_probs, ref_log_probs)
+    pairs = torch.cartesian_prod(torch.arange(81), torch.arange(81))  # (6561, 2)
+    rows = pairs.flatten()
+    probability = logp.sum(dim=1).exp().detach()[pairs].prod(dim=1)  # (6561,)
+    own = torch.tensor([1, 1, 2, 2])
+    reward = [R1[[one for one, _ in EPISODES]], R1[[two for _, two in EPISODES]]]
+    y1, y2 = (
+        Scored(
+            reward[n - 1][rows],
+            leave_one_out(reward[n - 1][rows], k),
+            (logp * (own == n))[rows],
+            (kl * (own == n))[rows],
+        )
+        for n in (1, 2)
+    )
+    if stage == 1:
+        objective = stage1_objective(y1, y2, BETA1, BETA2)
+    else:
+        objective = stage2_objective(y1, y2, BETA1, ALPHA)
+    return probability @ objective.view(-1, k).mean(dim=1)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_gradient_is_exactly_that_of_the_equation(stage):
+    policy, ref = Tabular(seed=1), Tabular(seed=2)
+    expected = torch.autograd.grad(equation(stage, policy, ref), policy.logits)
+    actual = torch.autograd.grad(surrogate(stage, policy, ref), policy.logits)
+    for one, two in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-9)
+        assert two.abs().max() > 1e-3  # the equation does pull on these logits
+
+
+# --- 2. Which number multiplies which token ----------------------------------------------------
+
+
+def scored(r, siblings, kl=0.0):
+    """An attempt of two tokens for each episode, with log-probs that take a gradient."""
+    logp = torch.full((len(r), 2), -1.0, requires_grad=True)
+    return Scored(torch.tensor(r), torch.tensor(siblings), logp, torch.full((len(r), 2), kl))
+
+
+def coefficients(objective, attempt):
+    return torch.autograd.grad(objective.sum(), attempt.logp, retain_graph=True)[0]
+
+
+def test_stage1_multiplies_attempt_1_by_nothing_and_attempt_2_by_its_reward():
+    y1, y2 = scored([1.0, 0.0], [0.0, 0.0]), scored([1.0, 0.0], [0.25, 0.25])
+    objective = stage1_objective(y1, y2, beta1=0.0, beta2=0.0)
+    assert coefficients(objective, y1).tolist() == [[0, 0], [0, 0]]
+    assert coefficients(objective, y2).tolist() == [[0.75, 0.75], [-0.25, -0.25]]
+
+
+@pytest.mark.parametrize(
+    ("r1", "r2", "expected"),
+    [(0.0, 1.0, 11.0), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (1.0, 0.0, -10.0)],
+)
+def test_the_four_transitions_earn_11_1_0_and_minus_10_at_alpha_10(r1, r2, expected):
+    assert r2 + bonus(torch.tensor([r1]), torch.tensor([r2]), 10.0).item() == expected
+
+
+@pytest.mark.parametrize("r1", [0.0, 1.0])
+def test_stage2_multiplies_attempt_2_by_11_times_its_advantage_after_any_attempt_1(r1):
+    y1, y2 = scored([r1], [0.5]), scored([1.0], [0.25])
+    objective = stage2_objective(y1, y2, beta1=0.0, alpha=10.0)
+    torch.testing.assert_close(coefficients(objective, y2), torch.full((1, 2), 11 * 0.75))
+
+
+def test_stage2_never_credits_attempt_1_with_attempt_2():
+    y1 = scored([1.0, 0.0], [0.5, 0.5])
+    for r2, alpha in ([1.0, 0.0], 10.0), ([0.0, 1.0], 10.0), ([1.0, 1.0], 0.0):
+        objective = stage2_objective(y1, scored(r2, [0.0, 1.0]), beta1=0.0, alpha=alpha)
+        assert coefficients(objective, y1).tolist() == [[0.5, 0.5], [-0.5, -0.5]]
+
+
+def test_a_token_answers_for_the_kl_to_come_in_its_own_attempt_only():
+    y1, y2 = scored([0.0], [0.0], kl=3.0), scored([0.0], [0.0], kl=5.0)
+    objective = stage1_objective(y1, y2, beta1=0.1, beta2=1.0)
+    torch.testing.assert_close(coefficients(objective, y1), torch.tensor([[-3.0, 0.0]]))
+    torch.testing.assert_close(coefficients(objective, y2), torch.tensor([[-0.5, 0.0]]))
+
+
+def test_the_kl_is_that_of_policy_to_reference_not_the_reverse():
+    policy, ref = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
+    by_hand = 0.5 * torch.log(torch.tensor(0.5 / 0.9)) + 0.5 * torch.log(torch.tensor(0.5 / 0.1))
+    torch.testing.assert_close(kl_divergence(policy.log(), ref.log()), by_hand)
+
+
+def test_the_baseline_is_the_mean_of_the_siblings_without_the_own_sample():
+    r = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0])
+    torch.testing.assert_close(leave_one_out(r, 3), torch.tensor([0.0, 0.5, 0.5, 1.0, 0.5, 0.5]))
+    torch.testing.assert_close(r + 5 - leave_one_out(r + 5, 3), r - leave_one_out(r, 3))
+
+
+# --- 3. One update on a model ------------------------------------------------------------------
+
+
+@pytest.fixture
+def learner(model, chat):
+    ref = copy.deepcopy(model).requires_grad_(False)
+    return Learner(model, ref, adam(model, Config()), chat, Config(k=4, batch=20, micro_batch=20))
+
+
+@pytest.fixture
+def episodes(learner, problems):
+    """Twenty episodes with made-up rewards, so that every advantage is alive."""
+    made = score.sample(learner, [p for p in problems for _ in range(4)], "0")
+    coin = torch.Generator().manual_seed(3)
+    return [with_rewards(e, torch.randint(2, (2,), generator=coin).tolist()) for e in made]
+
+
+def with_rewards(episode, rewards):
+    attempts = zip(episode.attempts, rewards, strict=True)
+    return replace(episode, attempts=tuple(replace(y, reward=float(r)) for y, r in attempts))
+
+
+def gradient(learner, episodes, stage, **settings):
+    """The gradient that `update` would follow, by parameter; the policy stays as it is."""
+    policy = copy.deepcopy(learner.policy)
+    still = torch.optim.SGD(policy.parameters(), lr=0.0)
+    cfg = replace(learner.cfg, clip=1e9, **settings)
+    metrics = update(Learner(policy, learner.ref, still, learner.chat, cfg), episodes, stage)
+    return [p.grad.clone() for p in policy.parameters()], metrics
+
+
+def assert_same(one, two):
+    scale = max(g.abs().max() for g in two)
+    assert scale > 1e-4  # a gradient of zero would prove nothing
+    for a, b in zip(one, two, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(scale))
+
+
+def test_sampled_log_probs_equal_the_scored_ones_for_both_attempts(learner, episodes):
+    tokens, numbers = collate(episodes, learner.chat, "cpu")
+    logp, _, own = score.score(learner, tokens, numbers)
+    lengths = {len(y.tokens) for e in episodes for y in e.attempts}
+    assert len(lengths) > 3 and any(not y.finished for e in episodes for y in e.attempts)
+    for row, episode in enumerate(episodes):
+        for number, attempt in enumerate(episode.attempts, start=1):
+            mine = logp[row][own[row] == number]
+            torch.testing.assert_close(mine, torch.tensor(attempt.logp), rtol=0, atol=1e-4)
+
+
+def test_the_kl_is_zero_on_every_token_while_the_policy_is_the_reference(learner, episodes):
+    _, kl, _ = score.score(learner, *collate(episodes, learner.chat, "cpu"))
+    assert kl.abs().max() == 0
+
+
+def test_log_probs_at_attempt_columns_equal_the_full_ones_with_both_softcaps(learner, episodes):
+    tokens, numbers = collate(episodes, learner.chat, "cpu")
+    columns = (numbers > 0).any(dim=0).nonzero()[:, 0]
+    full = learner.policy(input_ids=tokens, use_cache=False).logits.log_softmax(-1)
+    torch.testing.assert_close(
+        score.next_log_probs(learner.policy, tokens, columns), full[:, columns - 1]
+    )
+    assert learner.policy.config.final_logit_softcapping == 30.0
+    for layer in learner.policy.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    uncapped = learner.policy(input_ids=tokens, use_cache=False).logits.log_softmax(-1)
+    assert (uncapped - full).abs().max() > 1e-2  # the softcap is applied, and felt
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(learner, episodes, stage):
+    learner.policy = make_model(seed=5)
+    whole, _ = gradient(learner, episodes, stage)
+    for size in (3, 8):
+        assert_same(gradient(learner, episodes, stage, micro_batch=size)[0], whole)
+
+
+def test_rows_padded_together_learn_as_rows_alone(learner, episodes):
+    learner.policy = make_model(seed=5)
+    together, _ = gradient(learner, episodes, 2)
+    alone, _ = gradient(learner, episodes, 2, micro_batch=1)
+    assert_same(alone, together)
+
+
+def test_with_both_betas_zero_stage1_has_no_gradient_from_attempt_1(learner, episodes):
+    learner.policy = make_model(seed=5)
+    without = [replace(e, offline=True) for e in episodes]  # y1 in no term at all
+    assert_same(
+        gradient(learner, episodes, 1, beta1=0.0, beta2=0.0)[0],
+        gradient(learner, without, 1, beta1=0.0, beta2=0.0)[0],
+    )
+
+
+def test_beta2_pulls_attempt_1_back_to_the_reference(learner, episodes):
+    learner.policy = make_model(seed=0)
+    for p in learner.policy.parameters():
+        p.data += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    flat = [with_rewards(e, [0.0, 0.0]) for e in episodes]  # nothing but KL
+    learner.optimizer = adam(learner.policy, Config(lr=1e-3))
+    learner.cfg = replace(learner.cfg, beta1=0.0, beta2=1.0)
+    kls = [update(learner, flat, 1)["kl_t1"] for _ in range(8)]
+    assert kls[0] > 1e-3 and kls[-1] < 0.8 * kls[0]
+
+
+def test_an_offline_attempt_1_is_in_no_loss_but_its_reward_is_in_the_bonus(learner, problems):
+    learner.policy = make_model(seed=5)
+    learner.cfg = replace(learner.cfg, offline=0.6)
+    made = score.sample(learner, [p for p in problems for _ in range(4)], "0")
+    assert [e.offline for e in made] == [True] * 12 + [False] * 8
+    online = rollout(learner.ref, learner.chat, [made[0].problem], Sampling(1, seed="0"))
+    assert online[0].attempts[0].tokens == made[0].attempts[0].tokens  # the base's own
+    _, numbers = collate(made, learner.chat, "cpu")
+    assert [bool((row == 1).any()) for row in numbers] == [False] * 12 + [True] * 8
+    assert all((row == 2).any() for row in numbers)
+    r1, r2 = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])
+    assert bonus(r1, r2, 10.0).tolist() == [10.0, 0.0]
+    assert gradient(learner, made, 2)[1]["on_policy_gap"] < 1e-3
+
+
+def test_training_samples_at_temperature_1_from_the_raw_softmax(learner, problems):
+    made = score.sample(learner, problems[:1] * 4000, "0")
+    first = torch.tensor([e.attempts[0].tokens[0] for e in made])
+    with torch.no_grad():
+        exact = learner.policy(torch.tensor([made[0].x1])).logits[0, -1].softmax(-1)
+    seen = torch.bincount(first, minlength=len(exact)) / len(made)
+    spread = (exact * (1 - exact) / len(made)).sqrt()
+    assert ((seen - exact).abs() < 4.5 * spread + 1e-3).all()
+    sharper = exact.sqrt() / exact.sqrt().sum()  # what temperature 2 would give
+    assert ((sharper - exact).abs() > 4.5 * spread + 1e-3).any()
+
+
+def test_the_end_token_is_in_the_loss_and_everything_else_after_it_is_not(chat, problems):
+    close, other = chat.close_id, chat.end_ids[1]
+    cut = Attempt([5, 6, 7], [0.0] * 3, "0 1 2", finished=False, reward=0.0)
+    ended = Attempt([8, other], [0.0] * 2, "3", finished=True, reward=1.0)
+    empty = Attempt([close], [0.0], "", finished=True, reward=0.0)
+    x1 = chat.x1(problems[0])
+    for y1, y2 in itertools.product((cut, ended, empty), repeat=2):
+        episode = score.Episode(problems[0], x1, (y1, y2))
+        longer = score.Episode(problems[0], x1 + x1, (cut, cut))  # makes the other be padded
+        tokens, numbers = collate([episode, longer], chat, "cpu")
+        assert tokens[0][numbers[0] == 1].tolist() == y1.tokens
+        assert tokens[0][numbers[0] == 2].tolist() == y2.tokens
+        forced = [close] if y1 is cut else []
+        expected = [*x1, *y1.tokens, *forced, *chat.p1, *y2.tokens]
+        assert tokens[0][: len(expected)].tolist() == expected
+        assert not numbers[0][len(expected) :].any()
+
+
+def test_an_update_moves_the_policy_and_not_the_reference(learner, episodes):
+    before = [p.clone() for p in learner.ref.parameters()]
+    update(learner, episodes, 2)
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.ref.parameters(), strict=True))
+    moved = zip(before, learner.policy.parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in moved)
