@@ -19,6 +19,7 @@ attempt 2 can read what attempt 1 wrote. Next to read: rewards.py.
 """
 
 import random
+import sys
 import zlib
 from dataclasses import dataclass
 
@@ -123,6 +124,15 @@ def _encode(tokenizer, messages: list[dict]) -> tuple[str, list[int]]:
     return text, tokenizer(text, add_special_tokens=False).input_ids
 
 
+def that_fit(problems: list[Problem], chat: Chat, room: int) -> list[Problem]:
+    """The problems whose x1 has at most `room` tokens; the others are counted, never cut."""
+    kept = [problem for problem in problems if len(chat.x1(problem)) <= room]
+    if len(kept) < len(problems):
+        skipped = len(problems) - len(kept)
+        print(f"skipped {skipped} of {len(problems)} problems: too long a prompt", file=sys.stderr)
+    return kept
+
+
 def read_chat(tokenizer, model, task: str) -> Chat:
     """The Chat of a model: p1 and the end tokens, read from template and configs together.
 
@@ -141,9 +151,9 @@ def read_chat(tokenizer, model, task: str) -> Chat:
     ids = tokenizer(after, add_special_tokens=False).input_ids
     listed = [tokenizer.eos_token_id, model.config.eos_token_id]
     listed.append(model.generation_config.eos_token_id if model.can_generate() else None)
-    end_ids = {i for ids_ in listed for i in (ids_ if isinstance(ids_, list) else [ids_])} - {None}
-    if ids and ids[0] in tokenizer.all_special_ids or ids and ids[0] in end_ids:
-        return Chat(tokenizer, ids[1:], tuple(sorted(end_ids | {ids[0]})), ids[0])
-    raise InputError(
-        f"{name} has no end token: its chat template must close an answer with a special token"
-    )
+    end_ids = {i for one in listed for i in (one if isinstance(one, list) else [one])} - {None}
+    if not ids or ids[0] not in end_ids | set(tokenizer.all_special_ids):
+        raise InputError(
+            f"{name} has no end token: its chat template must close an answer with one"
+        )
+    return Chat(tokenizer, ids[1:], tuple(sorted(end_ids | {ids[0]})), ids[0])

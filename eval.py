@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import Chat, InputError, Problem, load_problems, read_chat
+from data import Chat, InputError, Problem, load_problems, read_chat, that_fit
 from rewards import stated_answer
 from runs import load_checkpoint, plot_run, read_json, write_atomically
-from sample import Episode, Sampling, rollout
+from sample import Episode, Sampling, rollout, room
 
 Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
@@ -89,11 +89,12 @@ def intervals(metrics: dict[str, float], n: int) -> dict[str, tuple[float, float
 def wilson(share: float, n: int) -> tuple[float, float]:
     middle = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     spread = Z95 * (share * (1 - share) / n + Z95**2 / (4 * n**2)) ** 0.5 / (1 + Z95**2 / n)
-    return middle - spread, middle + spread
+    return min(middle - spread, share), max(middle + spread, share)  # rounding aside, a no-op
 
 
 def evaluate(model, chat: Chat, problems: list[Problem], sampling: Sampling, rows: int = 500):
     """Episodes and metrics of a model over `problems`, `rows` of them at a time."""
+    problems = that_fit(problems, chat, room(model, chat, sampling))
     batches = [problems[start : start + rows] for start in range(0, len(problems), rows)]
     bar = tqdm(batches, desc="eval", unit="batch", leave=False)
     episodes = [episode for batch in bar for episode in rollout(model, chat, batch, sampling)]
@@ -161,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Evaluate a model, print every metric with its interval, write metrics.json and transcripts."""
+    """Evaluate a model, print every metric and its interval, write both files."""
     for name in ("attempts", "problems", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be 1 or more")

@@ -8,9 +8,9 @@
                 state.pt        weights, Adam and progress, for --resume
                 curve.png       drawn by `python eval.py --plot`
 
-Every file is written beside its place and then moved there, so a kill leaves the old or the new one,
-never half of one. The two logs grow by a line a step; state.pt remembers how long they were, and
---resume cuts them back to that.
+Every file is written beside its place and then moved there, so a kill leaves the old or the new
+one, never half of one. The two logs grow by a line a step; state.pt remembers how long they were,
+and --resume cuts them back to that.
 """
 
 import json
@@ -82,7 +82,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_metrics(path: Path, size: int | None = None) -> list[dict]:
-    """The lines of a metrics.jsonl, or of its first `size` bytes; InputError names a damaged one."""
+    """The lines of a metrics.jsonl, or of its first `size` bytes; a damaged line is named."""
     if not path.exists():
         raise InputError(f"{path} is missing: name a run folder of score.py")
     text, lines = path.read_bytes(), []

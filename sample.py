@@ -176,15 +176,24 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float):
 
 def draw_uniforms(problems: list[Problem], sampling: Sampling) -> torch.Tensor:
     """(B, attempts, max_new_tokens) random numbers in [0, 1), fixed by (seed, problem, sample)."""
-    samples, rows = Counter(), []
+    shape, samples, rows = (sampling.attempts, sampling.max_new_tokens), Counter(), []
     for problem in problems:
         samples[problem.id] += 1
-        key = f"{sampling.seed}|{problem.id}|{samples[problem.id]}"
-        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big", signed=True))
-        shape = (sampling.attempts, sampling.max_new_tokens)
+        generator = seeded(f"{sampling.seed}|{problem.id}|{samples[problem.id]}")
         rows.append(torch.rand(shape, generator=generator))
     return torch.stack(rows)
+
+
+def seeded(key: str) -> torch.Generator:
+    """A random generator fixed by a text, the same on every machine."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big", signed=True))
+
+
+def room(model, chat: Chat, sampling: Sampling) -> int:
+    """Tokens that the model's positions leave for x1 beside the attempts and instructions."""
+    positions = getattr(model.config, "max_position_embeddings", None) or 10**9
+    return positions - sampling.attempts * (sampling.max_new_tokens + 1 + len(chat.p1))
 
 
 def left_pad(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -203,7 +212,7 @@ def copy_rows(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
 
 
 def join(parked: list) -> tuple[DynamicCache, torch.Tensor]:
-    """One past of all the rows again, in their first order: pads stay on the left, without holes."""
+    """One past of all rows again, in their first order: pads are on the left, without holes."""
     width = max(int(held.sum(dim=1).max()) for _, held, rows in parked if len(rows))
     order = torch.cat([rows for _, _, rows in parked]).argsort()
 

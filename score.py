@@ -29,7 +29,6 @@ no learning curve: only its gradient means something. Read data.py, rewards.py, 
 
 import argparse
 import copy
-import random
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -38,7 +37,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import Chat, InputError, Problem, load_problems, read_chat
+from data import Chat, InputError, Problem, load_problems, read_chat, that_fit
 from eval import as_table, as_text, evaluate, measure, reject
 from runs import (
     Run,
@@ -51,7 +50,7 @@ from runs import (
     save_state,
     write_atomically,
 )
-from sample import Episode, Sampling, rollout, segments
+from sample import Episode, Sampling, rollout, room, seeded, segments
 from sft import fit_builtin
 
 ALARM_STEPS = 10  # an alarm looks at the mean of so many steps
@@ -72,8 +71,8 @@ class Config:
     task: str = flag("sums", "what to learn")
     out: str = flag("runs/sums", "run folder")
     seed: int = flag(0, "of base model, data order and sampling")
-    steps1: int = flag(250, "updates in Stage I; split NOT STATED (Table 8: 3000 in all)")
-    steps2: int = flag(250, "updates in Stage II")
+    steps1: int = flag(300, "updates in Stage I; split NOT STATED (Table 8: 3000 in all)")
+    steps2: int = flag(150, "updates in Stage II")
     batch: int = flag(
         256, "episodes a step, k of each problem (Table 8: 512, of which, NOT STATED)"
     )
@@ -172,7 +171,7 @@ def stage1_objective(y1: Scored, y2: Scored, beta1: float, beta2: float) -> torc
 
 
 def stage2_objective(y1: Scored, y2: Scored, beta1: float, alpha: float) -> torch.Tensor:
-    """Eq. 4 (ICLR): E[ Σᵢ r̂(yᵢ, y*) - β1 KL(π(·|xᵢ) ‖ π_ref(·|xᵢ)) ], the bonus added to r̂(y2); (B,).
+    """Eq. 4 (ICLR): E[ Σᵢ r̂(yᵢ, y*) - β1 KL(π(·|xᵢ) ‖ π_ref(·|xᵢ)) ], r̂(y2) with the bonus; (B,).
 
     The baseline of y2 is the siblings' r2 with the bonus it would bring after this y1: -α r1 is
     known before y2 is sampled, and cancels. So advantage2 = (1 + α) (r2 - siblings' mean r2).
@@ -289,6 +288,9 @@ def train(learner: Learner, run: Run, progress: Progress) -> None:
     """Go through the stages from where `progress` stands; returns early if a signal came."""
     cfg, plan = learner.cfg, plan_of(learner.cfg.stage)
     problems = load_problems(cfg.task, "train")
+    problems = that_fit(
+        problems, learner.chat, room(learner.policy, learner.chat, Sampling(2, cfg.max_new_tokens))
+    )
     while progress.index < len(plan):
         stage, name = plan[progress.index]
         steps = cfg.steps1 if stage == 1 else cfg.steps2
@@ -328,9 +330,8 @@ def pick(problems: list[Problem], count: int, number: int, seed: int) -> list[Pr
     for position in range(number * count, (number + 1) * count):
         epoch, index = divmod(position, len(problems))
         if epoch not in orders:
-            shuffler = random.Random(f"{seed}/{epoch}")
-            orders[epoch] = shuffler.sample(range(len(problems)), len(problems))
-        picked.append(problems[orders[epoch][index]])
+            orders[epoch] = torch.randperm(len(problems), generator=seeded(f"{seed}/{epoch}"))
+        picked.append(problems[int(orders[epoch][index])])
     return picked
 
 
@@ -395,7 +396,8 @@ def adam(policy, cfg: Config) -> torch.optim.Adam:
 
 def held_out(model, chat: Chat, cfg: Config, temperature: float) -> dict[str, float]:
     sampling = Sampling(2, cfg.max_new_tokens, temperature, seed="held out")
-    return evaluate(model, chat, load_problems(cfg.task, "test", cfg.problems), sampling)[1]
+    problems = load_problems(cfg.task, "test", cfg.problems)
+    return evaluate(model, chat, problems, sampling)[1]
 
 
 def save(learner: Learner, run: Run, progress: Progress) -> None:

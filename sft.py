@@ -16,8 +16,8 @@ import random
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tqdm import tqdm
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from data import COLUMNS, Chat, Problem, add_columns, load_problems, read_chat
@@ -26,8 +26,8 @@ HASTY = 0.75  # share of first attempts
 MIXTURE = {"copy": 0.6, "right": 0.3, "slip": 0.1}  # of later attempts
 # Most steps show two attempts, which is what training asks for; the last ones show four, so that
 # evaluation with more attempts means something.
-FIT_PHASES = ((200, 192, 2), (80, 128, 4))  # steps, transcripts a step, attempts
-FIT_LR, FIT_RAMP, FIT_DECAY = 8e-3, 20, 100  # peak; steps of linear rise and of linear decay
+FIT_PHASES = ((250, 192, 2), (100, 128, 4))  # steps, transcripts a step, attempts
+FIT_LR, FIT_RAMP, FIT_DECAY = 8e-3, 20, 120  # peak; steps of linear rise and of linear decay
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %} {{ message.content }}"

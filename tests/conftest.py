@@ -10,8 +10,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)
 
-from data import load_problems, read_chat  # noqa: E402
-from sft import builtin_model, builtin_tokenizer  # noqa: E402
+from data import load_problems, read_chat
+from runs import save_checkpoint
+from sft import builtin_model, builtin_tokenizer
 
 
 @pytest.fixture
@@ -44,3 +45,11 @@ def problems():
     sums = load_problems("sums", "train", 5)
     cut = [" ".join(p.question.split()[n:]) for n, p in enumerate(sums)]
     return [replace(p, question=q, id=q) for p, q in zip(sums, cut, strict=True)]
+
+
+@pytest.fixture
+def checkpoint(tmp_path_factory):
+    """A random built-in model as a save_pretrained folder."""
+    folder = tmp_path_factory.mktemp("models") / "random"
+    save_checkpoint(folder, make_model(seed=0), builtin_tokenizer())
+    return folder

@@ -48,7 +48,9 @@ class Tabular:
         first, second, third, fourth = (logits.log_softmax(-1) for logits in self.logits)
         rows = []
         for one, two in EPISODES:
-            rows.append([first, second[ATTEMPTS[one][0]], third[one], fourth[one, ATTEMPTS[two][0]]])
+            rows.append(
+                [first, second[ATTEMPTS[one][0]], third[one], fourth[one, ATTEMPTS[two][0]]]
+            )
         return torch.stack([torch.stack(row) for row in rows])
 
     def attempts(self):

@@ -1,0 +1,138 @@
+"""Metrics, their intervals, and the command line of eval.py."""
+
+import json
+import random
+
+import pytest
+
+import eval as evaluation
+from data import Problem
+from eval import edit_ratio, intervals, measure
+from sample import Attempt, Episode
+
+PROBLEM = Problem("1+1 =", "2", "sums", "p")
+
+
+def episode(first, second, r1, r2, finished=True):
+    attempts = []
+    for text, r in ((first, r1), (second, r2)):
+        tokens = [int(digit) for digit in text.split()] + [99] * finished
+        attempts.append(Attempt(tokens, [0.0] * len(tokens), text, finished, r))
+    return Episode(PROBLEM, [1], tuple(attempts))
+
+
+EPISODES = [
+    episode("1", "2", 0.0, 1.0),  # wrong -> right
+    episode("1", "1", 0.0, 0.0),
+    episode("2", "2", 1.0, 1.0),
+    episode("2", "1 3", 1.0, 0.0),  # right -> wrong
+    episode("3", "2", 0.0, 1.0),
+]
+
+
+def test_the_five_metrics_by_hand():
+    metrics = measure(EPISODES)
+    assert metrics["acc_t1"] == 0.4 and metrics["acc_t2"] == 0.6
+    assert metrics["delta_i_to_c"] == 0.4 and metrics["delta_c_to_i"] == 0.2  # of ALL problems
+    assert metrics["delta"] == pytest.approx(0.2)
+    assert metrics["copied"] == 0.4
+    assert metrics["length_t1"] == 2 and metrics["length_t2"] == 2.2
+    assert metrics["cut_off"] == 0
+    assert measure([episode("1", "1", 0.0, 0.0, finished=False)])["cut_off"] == 1
+
+
+def test_delta_is_gained_minus_lost_for_any_episodes():
+    rng = random.Random(0)
+    coins = [[float(rng.random() < 0.5) for _ in range(2)] for _ in range(50)]
+    metrics = measure([episode("1", "2", *pair) for pair in coins])
+    difference = metrics["delta_i_to_c"] - metrics["delta_c_to_i"]
+    assert metrics["delta"] == pytest.approx(metrics["acc_t2"] - metrics["acc_t1"])
+    assert metrics["delta"] == pytest.approx(difference)
+
+
+def test_a_share_of_a_reward_is_not_accuracy():
+    assert measure([episode("1", "2", 0.5, 0.9)])["acc_t2"] == 0
+
+
+def test_unreadable_attempts_are_copied_only_if_their_texts_are():
+    same, other = episode("1", "1", 0.0, 0.0), episode("1", "1", 0.0, 0.0)
+    for e, texts in ((same, ("= 1", "= 1")), (other, ("= 1", "= 2"))):
+        for attempt, text in zip(e.attempts, texts, strict=True):
+            object.__setattr__(attempt, "text", text)
+    assert measure([same])["copied"] == 1 and measure([other])["copied"] == 0
+
+
+def by_the_book(one, two):
+    row = list(range(len(two) + 1))
+    for i, a in enumerate(one, start=1):
+        diagonal, row[0] = row[0], i
+        for j, b in enumerate(two, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (a != b))
+    return row[-1]
+
+
+def test_the_edit_ratio_is_levenshtein_over_both_lengths():
+    rng = random.Random(1)
+    for _ in range(300):
+        one, two = ([rng.randrange(4) for _ in range(rng.randrange(12))] for _ in range(2))
+        expected = by_the_book(one, two) / max(len(one) + len(two), 1)
+        assert edit_ratio(one, two) == pytest.approx(expected)
+    assert edit_ratio([1, 2, 3], [1, 2, 3]) == 0 and edit_ratio([1], [2]) == 0.5
+
+
+def test_intervals_hold_the_estimate_and_shrink_with_the_number_of_problems():
+    metrics = measure(EPISODES)
+    narrow, wide = intervals(metrics, 2000), intervals(metrics, 5)
+    for name, (low, high) in narrow.items():
+        assert low <= metrics[name] <= high and high - low < wide[name][1] - wide[name][0]
+    assert narrow["acc_t1"] == pytest.approx((0.37874, 0.42166), abs=1e-4)  # Wilson, by hand
+    # Agresti and Min: (800.5 - 400.5) / 2002 -+ 1.96 sqrt(1201 - 400 ** 2 / 2002) / 2002
+    assert narrow["delta"] == pytest.approx((0.16707, 0.23253), abs=1e-4)
+
+
+def test_no_change_at_all_still_has_an_interval():
+    low, high = intervals(measure(EPISODES[1:3]), 2)["delta"]
+    assert low < 0 < high
+
+
+def run_eval(*flags):
+    return evaluation.main([str(flag) for flag in flags])
+
+
+def test_eval_writes_metrics_and_every_transcript(checkpoint, tmp_path, capsys):
+    assert run_eval("--model", checkpoint, "--problems", 6, "--attempts", 3) == 0
+    printed = capsys.readouterr().out
+    record = json.loads((checkpoint / "eval" / "metrics.json").read_text())
+    lines = (checkpoint / "eval" / "transcripts.jsonl").read_text().splitlines()
+    assert len(lines) == 6 and len(json.loads(lines[0])["attempts"]) == 3
+    for name in ("acc_t1", "acc_t3", "delta", "delta_i_to_c", "copied", "edit_ratio", "cut_off"):
+        assert name in printed and name in record["metrics"]
+    assert run_eval("--model", checkpoint, "--problems", 6, "--attempts", 3) == 0  # the same again
+    assert json.loads((checkpoint / "eval" / "metrics.json").read_text()) == record
+    assert run_eval("--model", checkpoint, "--problems", 5) == 2  # another: not over it
+    assert "name another folder" in capsys.readouterr().err
+    assert run_eval("--model", checkpoint, "--problems", 5, "--out", tmp_path / "other") == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--problems", "0"], "--problems"),
+        (["--temperature", "-1"], "--temperature"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--model", "no/such/model"], "no/such/model"),
+        (["--model", "."], "no config.json"),
+        (["--plot", "no/such/run"], "no/such/run"),
+        (["--attempts", "two"], "--attempts"),
+        ([], "--model"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(
+    flags, words, checkpoint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    model = [] if not flags or flags[0] in ("--model", "--plot") else ["--model", checkpoint]
+    assert run_eval(*model, *flags) == 2
+    message = capsys.readouterr().err
+    assert words in message and message.count("\n") == 1 and "Traceback" not in message
+    assert not list(tmp_path.iterdir())
