@@ -53,7 +53,7 @@ from runs import (
 from sample import Episode, Sampling, rollout, room, seeded, segments
 from sft import fit_builtin
 
-ALARM_STEPS = 10  # an alarm looks at the mean of so many steps
+ALARM_STEPS = 25  # an alarm looks at the mean of so many steps
 ALARM_METRICS = ("acc_t1", "acc_t2", "copied", "cut_off", "kl_t1", "kl_t2")
 
 

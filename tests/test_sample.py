@@ -28,8 +28,12 @@ def greedy_without_cache(model, chat, x1, attempts, max_new_tokens):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_greedy_rollout_is_decoding_without_cache_token_for_token(chat, problems, seed):
     model, greedy = make_model(seed), Sampling(3, 6, temperature=0.0)
-    likely = rollout(model, chat, problems, greedy)[2].attempts[1].tokens[3]
-    chat = replace(chat, end_ids=(chat.close_id, likely))  # so that some greedy attempts do end
+    first = [episode.attempts[0].tokens for episode in rollout(model, chat, problems, greedy)]
+    ends = (
+        chat.close_id,
+        *(tokens[len(tokens) // 2] for tokens in first[:3]),
+    )  # so that some attempts do end
+    chat = replace(chat, end_ids=ends)
     episodes = rollout(model, chat, problems, greedy)
     for episode in episodes:
         expected = greedy_without_cache(model, chat, episode.x1, 3, 6)
