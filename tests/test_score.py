@@ -266,17 +266,20 @@ def test_with_both_betas_zero_stage1_has_no_gradient_from_attempt_1(learner, epi
     )
 
 
-def test_beta2_pulls_attempt_1_back_to_the_reference(learner, episodes):
+def test_beta2_pulls_attempt_1_back_to_the_reference(learner, problems):
     learner.policy = builtin_model(learner.chat.tokenizer, seed=0)
     learner.ref = copy.deepcopy(learner.policy)
     for p in learner.policy.parameters():
         p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
-    flat = [with_rewards(e, [0.0, 0.0]) for e in episodes]  # nothing but KL
     learner.optimizer = adam(learner.policy, Config(lr=1e-3))
     learner.cfg = replace(learner.cfg, beta1=0.0, beta2=1.0)
-    kls = [update(learner, flat, 1)["kl_t1"] for _ in range(16)]
-    assert kls[0] > 1e-3
-    assert kls[-1] < 0.8 * kls[0]
+    kls = []
+    for seed in range(12):
+        fresh = score.sample(learner, [p for p in problems for _ in range(4)], str(seed))
+        flat = [with_rewards(e, [0.0, 0.0]) for e in fresh]  # nothing but KL
+        kls.append(update(learner, flat, 1)["kl_t1"])
+    assert kls[0] > 0.1
+    assert kls[-1] < 0.7 * kls[0]
 
 
 def test_an_offline_attempt_1_is_in_no_loss_but_its_reward_is_in_the_bonus(learner, problems):
