@@ -87,9 +87,14 @@ def sums_problems(split: str, count: int) -> list[Problem]:
 
 def load_problems(task: str, split: str, count: int = 20_000) -> list[Problem]:
     """The first `count` problems of a task's "train" or "test" split."""
-    if task != "sums":
-        raise InputError(f"--task {task} is unknown: the one task so far is sums")
+    check_task(task)
     return sums_problems(split, count)
+
+
+def check_task(task: str) -> None:
+    """Raise InputError for a task that there is not."""
+    if task not in INSTRUCTION:
+        raise InputError(f"--task {task} is unknown: choose {' or '.join(INSTRUCTION)}")
 
 
 # --- 2. Prompts as token ids -----------------------------------------------------------------

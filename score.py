@@ -37,7 +37,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import Chat, InputError, Problem, load_problems, read_chat, that_fit
+from data import Chat, InputError, Problem, check_task, load_problems, read_chat, that_fit
 from eval import as_table, as_text, evaluate, measure, reject
 from runs import (
     Run,
@@ -72,12 +72,12 @@ class Config:
     out: str = flag("runs/sums", "run folder")
     seed: int = flag(0, "of base model, data order and sampling")
     steps1: int = flag(300, "updates in Stage I; split NOT STATED (Table 8: 3000 in all)")
-    steps2: int = flag(150, "updates in Stage II")
+    steps2: int = flag(100, "updates in Stage II")
     batch: int = flag(
         256, "episodes a step, k of each problem (Table 8: 512, of which, NOT STATED)"
     )
     k: int = flag(8, "samples a problem, at least 2; NOT STATED (RLOO's paper: 2 and 4)")
-    lr: float = flag(1e-3, "Adam's learning rate (Table 8: 5e-6; 80,000 weights bear more)")
+    lr: float = flag(5e-4, "Adam's learning rate (Table 8: 5e-6; 80,000 weights bear more)")
     alpha: float = flag(10.0, "weight of the bonus (Table 8: 10)")
     beta1: float = flag(0.01, "weight of the ordinary KL (Table 8: 0.01)")
     beta2: float = flag(0.1, "weight of Stage I's KL on attempt 1 (Table 8: 0.1)")
@@ -408,6 +408,7 @@ def save(learner: Learner, run: Run, progress: Progress) -> None:
 def check(cfg: Config) -> None:
     """Raise InputError for a setting that cannot work, before anything is written."""
     plan_of(cfg.stage)
+    check_task(cfg.task)
     positive = ("steps1", "steps2", "batch", "lr", "clip", "max_new_tokens", "micro_batch")
     for name in (*positive, "save_every", "show_every", "problems"):
         if not getattr(cfg, name) > 0:
@@ -419,6 +420,8 @@ def check(cfg: Config) -> None:
         raise InputError(f"--k {cfg.k} leaves no sibling for the baseline: give 2 or more")
     if cfg.batch % cfg.k:
         raise InputError(f"--batch {cfg.batch} is not divisible by --k {cfg.k}: change one of them")
+    if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
+        raise InputError(f"--out {cfg.out} is not a folder: name another")
     if not 0 <= cfg.offline <= 1:
         raise InputError(f"--offline {cfg.offline} is a share of the problems: give 0 to 1")
 

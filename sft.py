@@ -22,7 +22,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFas
 
 from data import COLUMNS, Chat, Problem, add_columns, load_problems, read_chat
 
-HASTY = 0.75  # share of first attempts
+HASTY = 0.8  # share of first attempts
 MIXTURE = {"copy": 0.6, "right": 0.3, "slip": 0.1}  # of later attempts
 # Most steps show two attempts, which is what training asks for; the last ones show four, so that
 # evaluation with more attempts means something.

@@ -1,5 +1,6 @@
 """Small models for the tests: random weights, no network, on the CPU."""
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)
+os.environ["HF_HUB_OFFLINE"] = "1"  # a missing model is missing at once
 
 from data import load_problems, read_chat
 from runs import save_checkpoint

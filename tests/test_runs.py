@@ -1,0 +1,306 @@
+"""Runs from end to end: folders, resuming, signals, bad input, alarms and the curve."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as evaluation
+import score
+from runs import load_checkpoint, plot_run, save_checkpoint
+from score import Config, Progress, plan_of, raise_alarms
+from sft import builtin_model, builtin_tokenizer
+
+SMALL = ["--batch", "8", "--k", "2", "--steps1", "5", "--steps2", "3", "--problems", "8"]
+SMALL += ["--save-every", "2", "--show-every", "2"]
+
+
+def run_score(*flags):
+    return score.main([str(flag) for flag in flags])
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A run takes over Ctrl-C and SIGTERM; the tests give them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def interrupt_at(monkeypatch, step, what):
+    """Let `what` happen once, after the given step of the run."""
+    one_step, fired = score.one_step, []
+
+    def stepped(learner, run, *rest):
+        line = one_step(learner, run, *rest)
+        if line["step"] == step and not fired:
+            fired.append(step)
+            what()
+        return line
+
+    monkeypatch.setattr(score, "one_step", stepped)
+
+
+def tree(folder: Path) -> dict:
+    """Everything a run produced but times: lines, transcripts, results and weights."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    state = torch.load(folder / "state.pt", weights_only=True)
+    weights = {p.name: load_checkpoint(str(p))[0].state_dict() for p in folder.glob("stage*")}
+    flat = {f"{n}/{k}": v for n, w in weights.items() for k, v in w.items()}
+    flat |= {f"adam/{i}/{k}": v for i, s in adam_state(state).items() for k, v in s.items()}
+    flat |= {f"policy/{k}": v for k, v in state["policy"].items()}
+    return {
+        "lines": [{k: v for k, v in line.items() if k != "seconds"} for line in lines],
+        "samples": (folder / "samples.txt").read_text(),
+        "results": json.loads((folder / "results.json").read_text()),
+        "progress": state["progress"],
+        "tensors": flat,
+    }
+
+
+def adam_state(state):
+    return state["optimizer"]["state"]
+
+
+def assert_equal(one: dict, two: dict):
+    tensors, others = one.pop("tensors"), two.pop("tensors")
+    assert one == two
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, others[name]), name  # bit for bit
+
+
+@pytest.fixture
+def finished(checkpoint, tmp_path):
+    assert run_score("--model", checkpoint, "--out", tmp_path / "whole", *SMALL) == 0
+    return tmp_path / "whole"
+
+
+def test_a_run_writes_its_folder_and_checkpoints_load(finished):
+    record = json.loads((finished / "config.json").read_text())
+    assert record["settings"]["steps1"] == 5 and record["versions"]["torch"] == torch.__version__
+    lines = tree(finished)["lines"]
+    assert [line["step"] for line in lines] == list(range(8))
+    assert [line["stage"] for line in lines] == [1] * 5 + [2] * 3
+    assert lines[0]["kl_t1"] == 0 == lines[0]["kl_t2"] and lines[4]["kl_t1"] > 0
+    assert all(line["on_policy_gap"] < 1e-3 for line in lines)
+    for stage in ("stage1", "stage2"):
+        model, tokenizer = load_checkpoint(str(finished / stage))
+        assert tokenizer.chat_template and model.config._attn_implementation == "eager"
+    samples = (finished / "samples.txt").read_text()
+    assert "attempt 1" in samples and "wrong" in samples and "problem" in samples
+    assert not [path for path in finished.iterdir() if path.suffix in (".part", ".old")]
+
+
+def test_ctrl_c_saves_and_resume_goes_on_bit_for_bit(
+    finished, checkpoint, tmp_path, monkeypatch, capsys
+):
+    for step in (2, 6):  # off the saving grid, in Stage I and in Stage II
+        out = tmp_path / f"stopped{step}"
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, step, lambda: os.kill(os.getpid(), signal.SIGINT))
+            assert run_score("--model", checkpoint, "--out", out, *SMALL) == 130
+        assert f"python score.py --resume --out {out}" in capsys.readouterr().out
+        assert run_score("--resume", "--out", out) == 0
+        assert_equal(tree(out), tree(finished))
+
+
+def test_a_crash_loses_at_most_the_steps_since_the_last_save(
+    finished, checkpoint, tmp_path, monkeypatch
+):
+    out = tmp_path / "crashed"
+
+    def crash():
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3, crash)
+        with pytest.raises(MemoryError):
+            run_score("--model", checkpoint, "--out", out, *SMALL)
+    assert torch.load(out / "state.pt", weights_only=True)["progress"]["step"] == 2
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "torn')  # as a kill in the middle of a write leaves it
+    assert run_score("--resume", "--out", out) == 0
+    assert_equal(tree(out), tree(finished))
+
+
+def test_kill_9_at_any_moment_leaves_a_run_that_resumes(finished, checkpoint, tmp_path):
+    out = tmp_path / "killed"
+    command = [sys.executable, score.__file__, "--model", checkpoint, "--out", out, *SMALL]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL)
+    while not (out / "samples.txt").exists():  # the first step is written
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert run_score("--resume", "--out", out) == 0
+    assert_equal(tree(out), tree(finished))
+
+
+def test_stage_2_goes_on_from_stage_1_in_a_second_command(finished, checkpoint, tmp_path, capsys):
+    out = tmp_path / "apart"
+    first, second = ["--stage", "1", *SMALL], ["--stage", "2", *SMALL]
+    assert run_score("--model", checkpoint, "--out", out, *first) == 0
+    assert f"python score.py --stage 2 --out {out}" in capsys.readouterr().out
+    assert run_score("--model", checkpoint, "--out", out, *second) == 0
+    apart, whole = tree(out), tree(finished)
+    for run in (apart, whole):
+        del run["progress"], run["lines"][-1]["alarms"]
+    assert_equal(apart, whole)
+    assert json.loads((out / "config.json").read_text())["earlier"][0]["settings"]["stage"] == "1"
+
+
+def test_stages_may_repeat(checkpoint, tmp_path):
+    assert plan_of("1,2,1") == [(1, "stage1"), (2, "stage2"), (1, "stage1-2")]
+    flags = ["--model", checkpoint, "--out", tmp_path / "twice", "--stage", "1,2,1,2", *SMALL]
+    assert run_score(*flags, "--steps1", 1, "--steps2", 1) == 0
+    names = {path.name for path in (tmp_path / "twice").glob("stage*")}
+    assert names == {"stage1", "stage2", "stage1-2", "stage2-2"}
+
+
+def test_the_control_starts_from_the_base_with_init(checkpoint, tmp_path):
+    flags = ["--model", checkpoint, "--init", checkpoint, "--stage", "2", "--alpha", "0", *SMALL]
+    assert run_score(*flags, "--out", tmp_path / "control") == 0
+    assert (tmp_path / "control" / "stage2" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--stage", "3"], "--stage 3"),
+        (["--stage", ""], "--stage"),
+        (["--stage", "2"], "needs a Stage I"),
+        (["--k", "1"], "--k 1"),
+        (["--batch", "10", "--k", "4"], "--batch 10"),
+        (["--beta1", "-0.1"], "--beta1"),
+        (["--beta2", "nan"], "--beta2"),
+        (["--lr", "0"], "--lr"),
+        (["--steps1", "0"], "--steps1"),
+        (["--max-new-tokens", "-3"], "--max-new-tokens"),
+        (["--offline", "1.5"], "--offline"),
+        (["--task", "chess"], "--task chess"),
+        (["--init", "empty"], "no config.json"),
+        (["--model", "empty"], "no config.json"),
+        (["--model", "no/such"], "no/such"),
+        (["--model", "mute"], "no chat template"),
+        (["--model", "endless"], "no end token"),
+        (["--model", "torn"], "torn"),
+        (["--out", "a file"], "a file"),
+        (["--resume"], "no run to resume"),
+        (["--unknown", "1"], "--unknown"),
+        (["--k", "two"], "--k"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2_and_writes_nothing(
+    flags, words, checkpoint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = builtin_tokenizer()
+    for name, template in (("mute", None), ("endless", "{{ messages[0].content }} x")):
+        tokenizer.chat_template = template
+        save_checkpoint(tmp_path / name, builtin_model(tokenizer, 0), tokenizer)
+    shutil.copytree(checkpoint, "torn")
+    (tmp_path / "torn" / "model.safetensors").write_bytes(b"no weights")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a file").write_text("not a folder")
+    before = sorted(tmp_path.rglob("*"))
+    model = [] if "--model" in flags or "--resume" in flags else ["--model", str(checkpoint)]
+    assert run_score(*model, *flags) == 2
+    message = capsys.readouterr().err
+    assert words in message and message.count("\n") == 1 and "Traceback" not in message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_is_never_overwritten(finished, checkpoint, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    for stage in ("1,2", "1", "2"):
+        assert run_score("--model", checkpoint, "--out", finished, "--stage", stage) == 2
+        message = capsys.readouterr().err
+        assert "--resume" in message and "--out" in message
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+def test_resuming_with_another_setting_is_refused(finished, capsys):
+    assert run_score("--resume", "--out", finished, "--lr", "0.5") == 2
+    assert "--lr 0.5" in capsys.readouterr().err
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, capsys):
+    before = tree(finished)
+    assert run_score("--resume", "--out", finished) == 0
+    assert "next: python eval.py --model" in capsys.readouterr().out
+    assert_equal(tree(finished), before)
+
+
+@pytest.mark.parametrize("name", ["state.pt", "metrics.jsonl", "config.json", "results.json"])
+@pytest.mark.parametrize("damage", ["cut", "garbled"])
+def test_a_damaged_file_is_named_and_kept_on_resume(name, damage, finished, capsys):
+    path = finished / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"\0garbage" + whole)
+    others = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    assert run_score("--resume", "--out", finished) == 2
+    message = capsys.readouterr().err
+    assert name in message and message.count("\n") == 1
+    assert others == {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+
+
+def line(step, **metrics):
+    usual = {
+        "acc_t1": 0.5,
+        "acc_t2": 0.6,
+        "copied": 0.5,
+        "cut_off": 0.0,
+        "kl_t1": 0.0,
+        "kl_t2": 0.0,
+    }
+    return {"step": step, **usual, **metrics}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "word"),
+    [
+        ({"copied": 0.96}, "collapse"),
+        ({"acc_t1": 0.44, "acc_t2": 0.7}, "sabotage"),
+        ({"cut_off": 0.11}, "cut off"),
+        ({}, None),
+        ({"acc_t1": 0.44, "acc_t2": 0.4}, None),
+    ],
+)
+def test_an_alarm_is_raised_once(metrics, word, capsys):
+    base, progress = {"acc_t1": 0.5, "acc_t2": 0.5}, Progress(step=score.ALARM_STEPS)
+    lines = [line(step, **metrics) for step in range(score.ALARM_STEPS)]
+    raised = raise_alarms(lines, base, progress, Config())
+    assert [text.split(":")[0] for text in raised] == ([word] if word else [])
+    assert raise_alarms(lines, base, progress, Config()) == []
+    assert (word or "alarm") in capsys.readouterr().out or not word
+
+
+def test_a_kl_at_step_0_is_an_alarm_unless_the_policy_began_elsewhere():
+    base, lines = {"acc_t1": 0.5, "acc_t2": 0.5}, [line(0, kl_t1=0.01)]
+    assert "KL" in raise_alarms(lines, base, Progress(step=1), Config())[0]
+    assert raise_alarms(lines, base, Progress(step=1), Config(init="elsewhere")) == []
+    assert raise_alarms([line(0)], base, Progress(step=1), Config()) == []
+
+
+def test_the_curve_is_drawn(finished, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    assert evaluation.main(["--plot", str(finished)]) == 0
+    assert (finished / "curve.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    assert evaluation.main(["--plot", str(finished)]) == 2
+    assert "pip install -r requirements-dev.txt" in capsys.readouterr().err
+
+
+def test_an_empty_run_has_no_curve(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(score.InputError, match="no step"):
+        plot_run(tmp_path)
