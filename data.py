@@ -19,9 +19,9 @@ attempt 2 can read what attempt 1 wrote. Next to read: rewards.py.
 """
 
 import random
-import sys
 import zlib
 from dataclasses import dataclass
+from functools import cache
 
 COLUMNS = 8  # of a sum; NOT IN PAPER, like everything about the built-in task
 SHARE_OF_NINES = 0.5  # columns that add up to 9 pass a carry on, so carries run far
@@ -72,7 +72,8 @@ def draw_columns(rng: random.Random) -> list[tuple[int, int]]:
     return columns
 
 
-def sums_problems(split: str, count: int) -> list[Problem]:
+@cache
+def sums_problems(split: str, count: int) -> tuple[Problem, ...]:
     """The first `count` additions of a split, always the same; "train" and "test" share none."""
     rng, problems, seen = random.Random(split), [], set()
     while len(problems) < count:
@@ -82,10 +83,10 @@ def sums_problems(split: str, count: int) -> list[Problem]:
         if held_out == (split == "test") and question not in seen:
             seen.add(question)
             problems.append(Problem(question, add_columns(columns), "sums", question))
-    return problems
+    return tuple(problems)
 
 
-def load_problems(task: str, split: str, count: int = 20_000) -> list[Problem]:
+def load_problems(task: str, split: str, count: int = 20_000) -> tuple[Problem, ...]:
     """The first `count` problems of a task's "train" or "test" split."""
     check_task(task)
     return sums_problems(split, count)
@@ -127,15 +128,6 @@ class Chat:
 def _encode(tokenizer, messages: list[dict]) -> tuple[str, list[int]]:
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return text, tokenizer(text, add_special_tokens=False).input_ids
-
-
-def that_fit(problems: list[Problem], chat: Chat, room: int) -> list[Problem]:
-    """The problems whose x1 has at most `room` tokens; the others are counted, never cut."""
-    kept = [problem for problem in problems if len(chat.x1(problem)) <= room]
-    if len(kept) < len(problems):
-        skipped = len(problems) - len(kept)
-        print(f"skipped {skipped} of {len(problems)} problems: too long a prompt", file=sys.stderr)
-    return kept
 
 
 def read_chat(tokenizer, model, task: str) -> Chat:

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import Chat, InputError, Problem, load_problems, read_chat, that_fit
+from data import Chat, InputError, Problem, load_problems, read_chat
 from rewards import stated_answer
 from runs import load_checkpoint, plot_run, read_json, write_atomically
-from sample import Episode, Sampling, rollout, room
+from sample import Episode, Sampling, askable, rollout
 
 Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
@@ -94,7 +94,7 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 def evaluate(model, chat: Chat, problems: list[Problem], sampling: Sampling, rows: int = 500):
     """Episodes and metrics of a model over `problems`, `rows` of them at a time."""
-    problems = that_fit(problems, chat, room(model, chat, sampling))
+    problems = askable(problems, model, chat, sampling)
     batches = [problems[start : start + rows] for start in range(0, len(problems), rows)]
     bar = tqdm(batches, desc="eval", unit="batch", leave=False)
     episodes = [episode for batch in bar for episode in rollout(model, chat, batch, sampling)]

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from data import InputError
@@ -62,6 +63,26 @@ class Run:
         signal.signal(signal.SIGTERM, stop)
 
 
+@dataclass
+class Progress:
+    """Where a run stands. Random numbers come from (seed, step), so they need no state."""
+
+    index: int = 0  # of the stage in cfg.stage
+    step: int = 0  # updates done in that stage
+    best: float = -1.0  # acc@t2 of the checkpoint kept, over the steps between two saves
+    raised: list[str] = field(default_factory=list)  # alarms
+
+
+def plan_of(stage: str) -> list[tuple[int, str]]:
+    """Stages and the names of their folders: "1,2,1" -> (1, stage1), (2, stage2), (1, stage1-2)."""
+    stages = [part.strip() for part in stage.split(",")]
+    if not set(stages) <= {"1", "2"}:
+        raise InputError(f"--stage {stage} is unknown: name stages 1 and 2, such as 1 or 1,2,1,2")
+    again = [stages[:i].count(name) for i, name in enumerate(stages)]
+    names = [f"stage{s}" + (f"-{n + 1}" if n else "") for s, n in zip(stages, again, strict=True)]
+    return [(int(s), name) for s, name in zip(stages, names, strict=True)]
+
+
 # --- 1. Text files ---------------------------------------------------------------------------
 
 
@@ -94,6 +115,41 @@ def read_metrics(path: Path, size: int | None = None) -> list[dict]:
         except (ValueError, TypeError) as error:
             raise InputError(f"{path} is damaged in line {number}, and kept: restore it") from error
     return lines
+
+
+def as_flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def open_run(settings: dict) -> tuple[Run, dict]:
+    """The run in --out and its config.json: an empty one, or a Stage I that Stage II may follow."""
+    run, record = Run(Path(settings["out"])), read_json(Path(settings["out"]) / "config.json")
+    if (run.folder / "metrics.jsonl").exists():
+        run.results = read_json(run.folder / "results.json")
+        if settings["stage"] != "2" or "stage1" not in run.results or "stage2" in run.results:
+            raise InputError(
+                f"--out {run.folder} holds a run already: go on with it by --resume if it was "
+                "interrupted, or begin a new one with another --out"
+            )
+        for name in ("model", "task"):
+            if settings[name] != record["settings"][name]:
+                raise InputError(f"--{name} must stay that of the run in {run.folder}")
+        run.lines = read_metrics(run.folder / "metrics.jsonl")
+    return run, record
+
+
+def read_settings(folder: Path, typed: dict) -> dict:
+    """The settings of the run in `folder`; InputError if a flag that was typed differs."""
+    settings = read_json(folder / "config.json").get("settings")
+    if settings is None:
+        raise InputError(f"--out {folder} holds no run to resume: leave out --resume to begin one")
+    for name in sorted(set(typed) - {"resume", "out"}):
+        if typed[name] != settings[name]:
+            raise InputError(
+                f"{as_flag(name)} {typed[name]} differs from the run's {settings[name]}: --resume "
+                "goes on with a run as it was, so leave the flag out"
+            )
+    return settings
 
 
 def describe(settings: dict, earlier: dict) -> str:
@@ -175,8 +231,10 @@ def load_state(folder: Path) -> tuple[Run, dict]:
     return run, state
 
 
-# --- 3. The learning curve ---------------------------------------------------------------------
+# --- 3. Alarms and the learning curve ----------------------------------------------------------
 
+ALARM_STEPS = 25  # an alarm looks at the mean of so many steps
+ALARM_METRICS = ("acc_t1", "acc_t2", "copied", "cut_off", "kl_t1", "kl_t2")
 PANELS = {
     "share of sampled episodes": {
         "acc_t1": "acc@t1",
@@ -186,6 +244,29 @@ PANELS = {
     },
     "KL to the base, nats": {"kl_t1": "of attempt 1", "kl_t2": "of attempt 2"},
 }
+
+
+def raise_alarms(lines: list[dict], base: dict, progress: Progress, fresh: bool) -> list[str]:
+    """The alarms that go off at the last line; each is printed and raised once.
+
+    base: metrics of the base model, sampled. fresh: the policy began as a copy of the base.
+    """
+    window = lines[-min(ALARM_STEPS, progress.step) :]
+    full = len(window) == ALARM_STEPS
+    mean = {key: sum(line[key] for line in window) / len(window) for key in ALARM_METRICS}
+    fell = mean["acc_t1"] < base["acc_t1"] - 0.05 and mean["acc_t2"] > base["acc_t2"]
+    moved = fresh and len(lines) == 1 and mean["kl_t1"] + mean["kl_t2"] > 1e-3
+    alarms = {
+        "collapse: over 95 % of the answers are copied": full and mean["copied"] > 0.95,
+        "sabotage: acc@t1 fell 5 points below the base while acc@t2 rose": full and fell,
+        "cut off: over 10 % of attempts, raise --max-new-tokens": full and mean["cut_off"] > 0.1,
+        "KL not zero at step 0: policy and reference differ": moved,
+    }
+    new = [text for text, on in alarms.items() if on and text not in progress.raised]
+    for text in new:
+        tqdm.write(f"alarm at step {lines[-1]['step']}: {text}")
+    progress.raised += new
+    return new
 
 
 def plot_run(folder: Path) -> Path:

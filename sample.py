@@ -8,6 +8,7 @@ Next to read: eval.py.
 """
 
 import hashlib
+import sys
 from collections import Counter
 from dataclasses import dataclass
 
@@ -190,10 +191,15 @@ def seeded(key: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big", signed=True))
 
 
-def room(model, chat: Chat, sampling: Sampling) -> int:
-    """Tokens that the model's positions leave for x1 beside the attempts and instructions."""
+def askable(problems, model, chat: Chat, sampling: Sampling) -> list[Problem]:
+    """The problems that leave room for all attempts; the others are counted, never cut."""
     positions = getattr(model.config, "max_position_embeddings", None) or 10**9
-    return positions - sampling.attempts * (sampling.max_new_tokens + 1 + len(chat.p1))
+    room = positions - sampling.attempts * (sampling.max_new_tokens + 1 + len(chat.p1))
+    kept = [problem for problem in problems if len(chat.x1(problem)) <= room]
+    if len(kept) < len(problems):
+        skipped = len(problems) - len(kept)
+        print(f"skipped {skipped} of {len(problems)} problems: too long a prompt", file=sys.stderr)
+    return kept
 
 
 def left_pad(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:

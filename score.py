@@ -37,24 +37,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import Chat, InputError, Problem, check_task, load_problems, read_chat, that_fit
+import runs
+from data import Chat, InputError, Problem, check_task, load_problems, read_chat
 from eval import as_table, as_text, evaluate, measure, reject
-from runs import (
-    Run,
-    describe,
-    load_checkpoint,
-    load_state,
-    read_json,
-    read_metrics,
-    save_checkpoint,
-    save_state,
-    write_atomically,
-)
-from sample import Episode, Sampling, rollout, room, seeded, segments
+from runs import Progress, Run
+from sample import Episode, Sampling, askable, rollout, seeded, segments
 from sft import fit_builtin
-
-ALARM_STEPS = 25  # an alarm looks at the mean of so many steps
-ALARM_METRICS = ("acc_t1", "acc_t2", "copied", "cut_off", "kl_t1", "kl_t2")
 
 
 def flag(default, words: str):
@@ -71,7 +59,7 @@ class Config:
     task: str = flag("sums", "what to learn")
     out: str = flag("runs/sums", "run folder")
     seed: int = flag(0, "of base model, data order and sampling")
-    steps1: int = flag(300, "updates in Stage I; split NOT STATED (Table 8: 3000 in all)")
+    steps1: int = flag(400, "updates in Stage I; split NOT STATED (Table 8: 3000 in all)")
     steps2: int = flag(100, "updates in Stage II")
     batch: int = flag(
         256, "episodes a step, k of each problem (Table 8: 512, of which, NOT STATED)"
@@ -264,33 +252,11 @@ def update(learner: Learner, episodes: list[Episode], stage: int) -> dict[str, f
 # --- 6. The loop -----------------------------------------------------------------------------
 
 
-@dataclass
-class Progress:
-    """Where a run stands. Random numbers come from (seed, step), so they need no state."""
-
-    index: int = 0  # of the stage in cfg.stage
-    step: int = 0  # updates done in that stage
-    best: float = -1.0  # acc@t2 of the checkpoint kept, over the steps between two saves
-    raised: list[str] = field(default_factory=list)  # alarms
-
-
-def plan_of(stage: str) -> list[tuple[int, str]]:
-    """Stages and the names of their folders: "1,2,1" -> (1, stage1), (2, stage2), (1, stage1-2)."""
-    stages = [part.strip() for part in stage.split(",")]
-    if not set(stages) <= {"1", "2"}:
-        raise InputError(f"--stage {stage} is unknown: name stages 1 and 2, such as 1 or 1,2,1,2")
-    again = [stages[:i].count(name) for i, name in enumerate(stages)]
-    names = [f"stage{s}" + (f"-{n + 1}" if n else "") for s, n in zip(stages, again, strict=True)]
-    return [(int(s), name) for s, name in zip(stages, names, strict=True)]
-
-
 def train(learner: Learner, run: Run, progress: Progress) -> None:
     """Go through the stages from where `progress` stands; returns early if a signal came."""
-    cfg, plan = learner.cfg, plan_of(learner.cfg.stage)
-    problems = load_problems(cfg.task, "train")
-    problems = that_fit(
-        problems, learner.chat, room(learner.policy, learner.chat, Sampling(2, cfg.max_new_tokens))
-    )
+    cfg, plan = learner.cfg, runs.plan_of(learner.cfg.stage)
+    sampling = Sampling(2, cfg.max_new_tokens)
+    problems = askable(load_problems(cfg.task, "train"), learner.policy, learner.chat, sampling)
     while progress.index < len(plan):
         stage, name = plan[progress.index]
         steps = cfg.steps1 if stage == 1 else cfg.steps2
@@ -316,7 +282,8 @@ def one_step(learner: Learner, run: Run, progress: Progress, problems, stage: in
     episodes = sample(learner, [p for p in batch for _ in range(cfg.k)], f"{cfg.seed}/{number}")
     line = {"step": number, "stage": stage, **measure(episodes), **update(learner, episodes, stage)}
     progress.step += 1
-    line["alarms"] = raise_alarms([*run.lines, line], run.results["base, sampled"], progress, cfg)
+    base = run.results["base, sampled"]
+    line["alarms"] = runs.raise_alarms([*run.lines, line], base, progress, fresh=not cfg.init)
     line["seconds"] = time.perf_counter() - began
     shown = episodes[:: cfg.k][:4] if number % cfg.show_every == 0 else []
     title = f"step {number}, stage {stage}\n\n" if shown else ""
@@ -345,26 +312,6 @@ def sample(learner: Learner, problems: list[Problem], seed: str) -> list[Episode
     return continued + rollout(learner.policy, chat, problems[split:], sampling)
 
 
-def raise_alarms(lines: list[dict], base: dict, progress: Progress, cfg: Config) -> list[str]:
-    """Names of the alarms that go off at the last line; each is printed and raised once."""
-    window = lines[-min(ALARM_STEPS, progress.step) :]
-    full = len(window) == ALARM_STEPS
-    mean = {key: sum(line[key] for line in window) / len(window) for key in ALARM_METRICS}
-    fell = mean["acc_t1"] < base["acc_t1"] - 0.05 and mean["acc_t2"] > base["acc_t2"]
-    moved = len(lines) == 1 and not cfg.init and mean["kl_t1"] + mean["kl_t2"] > 1e-3
-    alarms = {
-        "collapse: over 95 % of the answers are copied": full and mean["copied"] > 0.95,
-        "sabotage: acc@t1 fell 5 points below the base while acc@t2 rose": full and fell,
-        "cut off: over 10 % of attempts, raise --max-new-tokens": full and mean["cut_off"] > 0.1,
-        "KL not zero at step 0: policy and reference differ": moved,
-    }
-    new = [text for text, on in alarms.items() if on and text not in progress.raised]
-    for text in new:
-        tqdm.write(f"alarm at step {lines[-1]['step']}: {text}")
-    progress.raised += new
-    return new
-
-
 def keep_best(learner: Learner, run: Run, progress: Progress, name: str) -> None:
     """Export the policy if acc@t2, over the steps since the last save, is the stage's best.
 
@@ -374,12 +321,12 @@ def keep_best(learner: Learner, run: Run, progress: Progress, name: str) -> None
     reward = sum(line["acc_t2"] for line in run.lines[-since:]) / since
     if reward >= progress.best:
         progress.best = reward
-        save_checkpoint(run.folder / name, learner.policy, learner.chat.tokenizer)
+        runs.save_checkpoint(run.folder / name, learner.policy, learner.chat.tokenizer)
 
 
 def finish_stage(learner: Learner, run: Run, progress: Progress, name: str) -> None:
     """Go back to the stage's best checkpoint, evaluate it, and let the next stage begin from it."""
-    best, _ = load_checkpoint(str(run.folder / name))
+    best, _ = runs.load_checkpoint(str(run.folder / name))
     learner.policy.load_state_dict(best.state_dict())
     learner.optimizer = adam(learner.policy, learner.cfg)
     run.write_results(name, held_out(learner.policy, learner.chat, learner.cfg, temperature=0.0))
@@ -396,26 +343,25 @@ def adam(policy, cfg: Config) -> torch.optim.Adam:
 
 def held_out(model, chat: Chat, cfg: Config, temperature: float) -> dict[str, float]:
     sampling = Sampling(2, cfg.max_new_tokens, temperature, seed="held out")
-    problems = load_problems(cfg.task, "test", cfg.problems)
-    return evaluate(model, chat, problems, sampling)[1]
+    return evaluate(model, chat, load_problems(cfg.task, "test", cfg.problems), sampling)[1]
 
 
 def save(learner: Learner, run: Run, progress: Progress) -> None:
     weights = {"policy": learner.policy.state_dict(), "optimizer": learner.optimizer.state_dict()}
-    save_state(run, {**weights, "progress": asdict(progress)})
+    runs.save_state(run, {**weights, "progress": asdict(progress)})
 
 
 def check(cfg: Config) -> None:
     """Raise InputError for a setting that cannot work, before anything is written."""
-    plan_of(cfg.stage)
+    runs.plan_of(cfg.stage)
     check_task(cfg.task)
     positive = ("steps1", "steps2", "batch", "lr", "clip", "max_new_tokens", "micro_batch")
     for name in (*positive, "save_every", "show_every", "problems"):
         if not getattr(cfg, name) > 0:
-            raise InputError(f"{as_flag(name)} {getattr(cfg, name)} must be positive")
+            raise InputError(f"{runs.as_flag(name)} {getattr(cfg, name)} must be positive")
     for name in ("alpha", "beta1", "beta2"):
         if not getattr(cfg, name) >= 0:
-            raise InputError(f"{as_flag(name)} {getattr(cfg, name)} must be 0 or more")
+            raise InputError(f"{runs.as_flag(name)} {getattr(cfg, name)} must be 0 or more")
     if cfg.k < 2:
         raise InputError(f"--k {cfg.k} leaves no sibling for the baseline: give 2 or more")
     if cfg.batch % cfg.k:
@@ -429,51 +375,30 @@ def check(cfg: Config) -> None:
 def begin(cfg: Config) -> tuple[Learner, Run, Progress]:
     """A new run, or Stage II after a finished Stage I; nothing that exists is overwritten."""
     check(cfg)
-    run, init, record = Run(Path(cfg.out)), cfg.init, read_json(Path(cfg.out) / "config.json")
-    if (run.folder / "metrics.jsonl").exists():
-        run.results = read_json(run.folder / "results.json")
-        if cfg.stage != "2" or "stage1" not in run.results or "stage2" in run.results:
-            raise InputError(
-                f"--out {cfg.out} holds a run already: go on with it by --resume if it was "
-                "interrupted, or begin a new one with another --out"
-            )
-        recorded = record["settings"]
-        if (cfg.model, cfg.task) != (recorded["model"], recorded["task"]):
-            raise InputError(f"--model and --task must stay those of {cfg.out}: leave them out")
-        run.lines, init = read_metrics(run.folder / "metrics.jsonl"), init or f"{cfg.out}/stage1"
-    elif plan_of(cfg.stage)[0][0] == 2 and not init:
+    run, record = runs.open_run(asdict(cfg))
+    init = cfg.init or (f"{cfg.out}/stage1" if run.lines else "")
+    if runs.plan_of(cfg.stage)[0][0] == 2 and not init:
         raise InputError(
             f"--stage 2 needs a Stage I, and --out {cfg.out} has none: run --stage 1 first, "
             "or name a checkpoint with --init"
         )
-    policy = load_checkpoint(init)[0] if init else None
-    same_seed = record.get("settings", {}).get("seed") == cfg.seed
-    learner = build(cfg, policy, reuse=bool(run.lines) or same_seed)
+    policy = runs.load_checkpoint(init)[0] if init else None
+    ours = bool(run.lines) or record.get("settings", {}).get("seed") == cfg.seed
+    learner = build(cfg, policy, reuse=ours)
     run.folder.mkdir(parents=True, exist_ok=True)
     if not run.results:
-        run.write_results("base", held_out(learner.ref, learner.chat, cfg, temperature=0.0))
-        run.write_results(
-            "base, sampled", held_out(learner.ref, learner.chat, cfg, temperature=1.0)
-        )
+        for name, temperature in (("base", 0.0), ("base, sampled", 1.0)):
+            run.write_results(name, held_out(learner.ref, learner.chat, cfg, temperature))
     save(learner, run, Progress())
-    write_atomically(run.folder / "config.json", describe(asdict(cfg), record))
+    runs.write_atomically(run.folder / "config.json", runs.describe(asdict(cfg), record))
     return learner, run, Progress()
 
 
 def resume(typed: dict) -> tuple[Learner, Run, Progress]:
     """The run in --out as it was last saved; its own settings hold, so no other flag may differ."""
     folder = Path(typed.get("out", Config.out))
-    settings = read_json(folder / "config.json").get("settings")
-    if settings is None:
-        raise InputError(f"--out {folder} holds no run to resume: leave out --resume to begin one")
-    for name in sorted(set(typed) - {"resume", "out"}):
-        if typed[name] != settings[name]:
-            raise InputError(
-                f"{as_flag(name)} {typed[name]} differs from the run's {settings[name]}: --resume "
-                "goes on with a run as it was, so leave the flag out"
-            )
-    cfg = Config(**{**settings, "out": str(folder)})
-    run, state = load_state(folder)
+    cfg = Config(**{**runs.read_settings(folder, typed), "out": str(folder)})
+    run, state = runs.load_state(folder)
     learner = build(cfg, None, reuse=True)
     learner.policy.load_state_dict(state["policy"])
     learner.optimizer.load_state_dict(state["optimizer"])
@@ -484,21 +409,17 @@ def build(cfg: Config, policy, reuse: bool) -> Learner:
     """Load (or fit) the base model as reference, and the policy, which begins as its copy."""
     base = Path(cfg.out) / "base"
     if cfg.model != "builtin":
-        ref, tokenizer = load_checkpoint(cfg.model)
+        ref, tokenizer = runs.load_checkpoint(cfg.model)
     elif reuse and base.exists():
-        ref, tokenizer = load_checkpoint(str(base))
+        ref, tokenizer = runs.load_checkpoint(str(base))
     else:
         ref, tokenizer = fit_builtin(cfg.seed)
-        save_checkpoint(base, ref, tokenizer)
+        runs.save_checkpoint(base, ref, tokenizer)
     chat = read_chat(tokenizer, ref, cfg.task)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ref = ref.to(device).eval().requires_grad_(False)
     policy = (policy or copy.deepcopy(ref)).to(device).eval().requires_grad_(True)
     return Learner(policy, ref, adam(policy, cfg), chat, cfg)
-
-
-def as_flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def parse_flags(argv: list[str] | None) -> dict:
@@ -508,7 +429,7 @@ def parse_flags(argv: list[str] | None) -> dict:
     for item in fields(Config):
         words = f"{item.metadata['help']} (default: {item.default})".replace("%", "%%")
         kind = {"action": "store_true"} if item.default is False else {"type": type(item.default)}
-        parser.add_argument(as_flag(item.name), default=argparse.SUPPRESS, help=words, **kind)
+        parser.add_argument(runs.as_flag(item.name), default=argparse.SUPPRESS, help=words, **kind)
     return vars(parser.parse_args(argv))
 
 

@@ -4,7 +4,8 @@ import pytest
 from conftest import make_model
 
 import data
-from data import InputError, add_columns, load_problems, read_chat, that_fit
+from data import InputError, add_columns, load_problems, read_chat
+from sample import Sampling, askable
 from sft import builtin_tokenizer
 
 # Gemma 2's own layout: no system role, contents trimmed, one BOS, <end_of_turn> closes a turn.
@@ -121,8 +122,12 @@ def test_a_model_without_chat_template_or_end_token_is_refused():
 
 
 def test_a_prompt_too_long_for_the_model_skips_its_problem_with_a_count(capsys):
-    chat = read_chat(builtin_tokenizer(), make_model(0), "sums")
-    problems = load_problems("sums", "train", 4)
+    model = make_model(0)
+    chat, problems = (
+        read_chat(builtin_tokenizer(), model, "sums"),
+        load_problems("sums", "train", 4),
+    )
+    model.config.max_position_embeddings = 46  # room for a prompt of 20 tokens
     long = data.Problem(" ".join(["1+1"] * 50) + " =", "2", "sums", "long")
-    assert that_fit([*problems, long], chat, room=30) == problems
+    assert askable([*problems, long], model, chat, Sampling(2, 10)) == list(problems)
     assert "skipped 1 of 5" in capsys.readouterr().err

@@ -14,8 +14,15 @@ import torch
 
 import eval as evaluation
 import score
-from runs import load_checkpoint, plot_run, save_checkpoint
-from score import Config, Progress, plan_of, raise_alarms
+from runs import (
+    ALARM_STEPS,
+    Progress,
+    load_checkpoint,
+    plan_of,
+    plot_run,
+    raise_alarms,
+    save_checkpoint,
+)
 from sft import builtin_model, builtin_tokenizer
 
 SMALL = ["--batch", "8", "--k", "2", "--steps1", "5", "--steps2", "3", "--problems", "8"]
@@ -276,19 +283,19 @@ def line(step, **metrics):
     ],
 )
 def test_an_alarm_is_raised_once(metrics, word, capsys):
-    base, progress = {"acc_t1": 0.5, "acc_t2": 0.5}, Progress(step=score.ALARM_STEPS)
-    lines = [line(step, **metrics) for step in range(score.ALARM_STEPS)]
-    raised = raise_alarms(lines, base, progress, Config())
+    base, progress = {"acc_t1": 0.5, "acc_t2": 0.5}, Progress(step=ALARM_STEPS)
+    lines = [line(step, **metrics) for step in range(ALARM_STEPS)]
+    raised = raise_alarms(lines, base, progress, fresh=True)
     assert [text.split(":")[0] for text in raised] == ([word] if word else [])
-    assert raise_alarms(lines, base, progress, Config()) == []
+    assert raise_alarms(lines, base, progress, fresh=True) == []
     assert (word or "alarm") in capsys.readouterr().out or not word
 
 
 def test_a_kl_at_step_0_is_an_alarm_unless_the_policy_began_elsewhere():
     base, lines = {"acc_t1": 0.5, "acc_t2": 0.5}, [line(0, kl_t1=0.01)]
-    assert "KL" in raise_alarms(lines, base, Progress(step=1), Config())[0]
-    assert raise_alarms(lines, base, Progress(step=1), Config(init="elsewhere")) == []
-    assert raise_alarms([line(0)], base, Progress(step=1), Config()) == []
+    assert "KL" in raise_alarms(lines, base, Progress(step=1), fresh=True)[0]
+    assert raise_alarms(lines, base, Progress(step=1), fresh=False) == []
+    assert raise_alarms([line(0)], base, Progress(step=1), fresh=True) == []
 
 
 def test_the_curve_is_drawn(finished, monkeypatch, capsys):

@@ -113,6 +113,35 @@ def test_the_gradient_is_exactly_that_of_the_equation(stage):
         assert two.abs().max() > 1e-3  # the equation does pull on these logits
 
 
+def test_of_three_unbiased_kl_gradients_the_exact_one_has_the_least_variance():
+    """`kl_penalty` against log π/π_ref in the return, whole or from each token on."""
+    policy, ref = Tabular(seed=1), Tabular(seed=2)
+    log_probs, ref_log_probs = policy.log_probs()[::9, :2], ref.log_probs().detach()[::9, :2]
+    actions = torch.tensor(ATTEMPTS)[..., None]
+    logp = log_probs.gather(2, actions)[..., 0]  # (9, 2), attempt 1 alone
+    ratio = (logp - ref_log_probs.gather(2, actions)[..., 0]).detach()
+    exact = Scored(R1, R1, logp, kl_divergence(log_probs, ref_log_probs))
+    to_go = ratio.flip(1).cumsum(1).flip(1)
+    total = ratio.sum(dim=1)
+    probability = logp.sum(dim=1).exp().detach()  # (9,)
+    mean, variance = {}, {}
+    for name, terms in {
+        "exact": score.kl_penalty(exact)[:, None].expand(9, 9),
+        "to go": (to_go * logp).sum(dim=1)[:, None].expand(9, 9),
+        "whole": (total[:, None] - total[None, :]) * logp.sum(dim=1)[:, None],  # less a sibling's
+    }.items():
+        rows = [
+            torch.autograd.grad(x, policy.logits[:2], retain_graph=True) for x in terms.flatten()
+        ]
+        gradients = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])  # (81, 12)
+        weights = (probability[:, None] * probability[None, :]).flatten()
+        mean[name] = weights @ gradients
+        variance[name] = (weights @ (gradients - mean[name]) ** 2).sum()
+    torch.testing.assert_close(mean["to go"], mean["exact"])
+    torch.testing.assert_close(mean["whole"], mean["exact"])
+    assert variance["exact"] < 0.5 * min(variance["to go"], variance["whole"])
+
+
 # --- 2. Which number multiplies which token ----------------------------------------------------
 
 
