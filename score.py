@@ -59,8 +59,8 @@ class Config:
     task: str = flag("sums", "what to learn")
     out: str = flag("runs/sums", "run folder")
     seed: int = flag(0, "of base model, data order and sampling")
-    steps1: int = flag(400, "updates in Stage I; split NOT STATED (Table 8: 3000 in all)")
-    steps2: int = flag(100, "updates in Stage II")
+    steps1: int = flag(250, "updates in Stage I; split NOT STATED (Table 8: 3000 in all)")
+    steps2: int = flag(150, "updates in Stage II")
     batch: int = flag(
         256, "episodes a step, k of each problem (Table 8: 512, of which, NOT STATED)"
     )
