@@ -117,7 +117,8 @@ class Chat:
 
     def x1(self, problem: Problem) -> list[int]:
         """The first prompt's token ids; the template writes the one BOS."""
-        return _encode(self.tokenizer, [{"role": "user", "content": problem.question}])[1]
+        text = _render(self.tokenizer, [{"role": "user", "content": problem.question}])
+        return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def text(self, tokens: list[int]) -> str:
         """An attempt as text, without the token that ended it; stray special tokens stay seen."""
@@ -125,9 +126,8 @@ class Chat:
         return self.tokenizer.decode(tokens[:-1] if ended else tokens).strip()
 
 
-def _encode(tokenizer, messages: list[dict]) -> tuple[str, list[int]]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return text, tokenizer(text, add_special_tokens=False).input_ids
+def _render(tokenizer, messages: list[dict]) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def read_chat(tokenizer, model, task: str) -> Chat:
@@ -144,7 +144,7 @@ def read_chat(tokenizer, model, task: str) -> Chat:
         {"role": "assistant", "content": marker},
         {"role": "user", "content": INSTRUCTION[task]},
     ]
-    after = _encode(tokenizer, messages)[0].partition(marker)[2]
+    after = _render(tokenizer, messages).partition(marker)[2]
     ids = tokenizer(after, add_special_tokens=False).input_ids
     listed = [tokenizer.eos_token_id, model.config.eos_token_id]
     listed.append(model.generation_config.eos_token_id if model.can_generate() else None)

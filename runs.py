@@ -180,13 +180,18 @@ def load_checkpoint(name: str):
     try:
         config = AutoConfig.from_pretrained(name)
         attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, attn_implementation=attention
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # whatever a damaged folder or an absent network raises
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"{name} is no checkpoint that can be loaded: {reason}") from error
+    if loading["missing_keys"] or loading["mismatched_keys"]:
+        raise InputError(f"{name} is no whole checkpoint: weights are missing")
     return model.eval(), tokenizer
 
 

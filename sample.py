@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-from data import Chat, Problem
+from data import Chat, InputError, Problem
 from rewards import reward
 
 # --- 1. What flows ---------------------------------------------------------------------------
@@ -199,6 +199,8 @@ def askable(problems, model, chat: Chat, sampling: Sampling) -> list[Problem]:
     if len(kept) < len(problems):
         skipped = len(problems) - len(kept)
         print(f"skipped {skipped} of {len(problems)} problems: too long a prompt", file=sys.stderr)
+    if not kept:
+        raise InputError("no problem leaves room for the attempts: lower --max-new-tokens")
     return kept
 
 

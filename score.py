@@ -385,7 +385,6 @@ def begin(cfg: Config) -> tuple[Learner, Run, Progress]:
     policy = runs.load_checkpoint(init)[0] if init else None
     ours = bool(run.lines) or record.get("settings", {}).get("seed") == cfg.seed
     learner = build(cfg, policy, reuse=ours)
-    run.folder.mkdir(parents=True, exist_ok=True)
     if not run.results:
         for name, temperature in (("base", 0.0), ("base, sampled", 1.0)):
             run.write_results(name, held_out(learner.ref, learner.chat, cfg, temperature))
@@ -415,6 +414,8 @@ def build(cfg: Config, policy, reuse: bool) -> Learner:
     else:
         ref, tokenizer = fit_builtin(cfg.seed)
         runs.save_checkpoint(base, ref, tokenizer)
+    if policy and policy.config.vocab_size != ref.config.vocab_size:
+        raise InputError(f"--init {cfg.init} has another vocabulary than the base {cfg.model}")
     chat = read_chat(tokenizer, ref, cfg.task)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ref = ref.to(device).eval().requires_grad_(False)
@@ -441,6 +442,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"score.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped before the first step: nothing to resume", file=sys.stderr)
+        return 130
     run.stop_on_signals()
     train(learner, run, progress)
     where = "" if learner.cfg.out == Config.out else f" --out {learner.cfg.out}"
