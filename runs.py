@@ -167,14 +167,19 @@ def describe(settings: dict, earlier: dict) -> str:
 # --- 2. Checkpoints and state ------------------------------------------------------------------
 
 
+def quiet_transformers() -> None:
+    """No bars and warnings between ours; what goes wrong is an exception all the same."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def load_checkpoint(name: str):
     """Model (float32, eval mode) and tokenizer of a checkpoint folder or a hub name.
 
     Models with an attention softcap (Gemma 2) get eager attention: sdpa may drop the softcap.
     Dropout stays off in training too: it would make the scored policy another than the sampled.
     """
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_transformers()
     if Path(name).is_dir() and not (Path(name) / "config.json").exists():
         raise InputError(f"{name} is no checkpoint: the folder has no config.json")
     try:
@@ -197,6 +202,7 @@ def load_checkpoint(name: str):
 
 def save_checkpoint(folder: Path, model, tokenizer) -> None:
     """A plain save_pretrained folder; the one before stays until the new one is whole."""
+    quiet_transformers()
     part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
     for leftover in (part, old):
         shutil.rmtree(leftover, ignore_errors=True)
