@@ -27,7 +27,7 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from data import InputError
+from data import InputError, check_task
 
 LOGS = ("metrics.jsonl", "samples.txt")
 
@@ -119,6 +119,27 @@ def read_metrics(path: Path, size: int | None = None) -> list[dict]:
 
 def as_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def check_settings(cfg) -> None:
+    """Raise InputError for a setting that cannot work, before anything is written."""
+    plan_of(cfg.stage)
+    check_task(cfg.task)
+    positive = ("steps1", "steps2", "batch", "lr", "clip", "max_new_tokens", "micro_batch")
+    for name in (*positive, "save_every", "show_every", "problems"):
+        if not getattr(cfg, name) > 0:
+            raise InputError(f"{as_flag(name)} {getattr(cfg, name)} must be positive")
+    for name in ("alpha", "beta1", "beta2"):
+        if not getattr(cfg, name) >= 0:
+            raise InputError(f"{as_flag(name)} {getattr(cfg, name)} must be 0 or more")
+    if cfg.k < 2:
+        raise InputError(f"--k {cfg.k} leaves no sibling for the baseline: give 2 or more")
+    if cfg.batch % cfg.k:
+        raise InputError(f"--batch {cfg.batch} is not divisible by --k {cfg.k}: change one of them")
+    if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
+        raise InputError(f"--out {cfg.out} is not a folder: name another")
+    if not 0 <= cfg.offline <= 1:
+        raise InputError(f"--offline {cfg.offline} is a share of the problems: give 0 to 1")
 
 
 def open_run(settings: dict) -> tuple[Run, dict]:

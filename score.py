@@ -38,7 +38,7 @@ import torch
 from tqdm import tqdm
 
 import runs
-from data import Chat, InputError, Problem, check_task, load_problems, read_chat
+from data import Chat, InputError, Problem, load_problems, read_chat
 from eval import as_table, as_text, evaluate, measure, reject
 from runs import Progress, Run
 from sample import Episode, Sampling, askable, rollout, seeded, segments
@@ -351,30 +351,9 @@ def save(learner: Learner, run: Run, progress: Progress) -> None:
     runs.save_state(run, {**weights, "progress": asdict(progress)})
 
 
-def check(cfg: Config) -> None:
-    """Raise InputError for a setting that cannot work, before anything is written."""
-    runs.plan_of(cfg.stage)
-    check_task(cfg.task)
-    positive = ("steps1", "steps2", "batch", "lr", "clip", "max_new_tokens", "micro_batch")
-    for name in (*positive, "save_every", "show_every", "problems"):
-        if not getattr(cfg, name) > 0:
-            raise InputError(f"{runs.as_flag(name)} {getattr(cfg, name)} must be positive")
-    for name in ("alpha", "beta1", "beta2"):
-        if not getattr(cfg, name) >= 0:
-            raise InputError(f"{runs.as_flag(name)} {getattr(cfg, name)} must be 0 or more")
-    if cfg.k < 2:
-        raise InputError(f"--k {cfg.k} leaves no sibling for the baseline: give 2 or more")
-    if cfg.batch % cfg.k:
-        raise InputError(f"--batch {cfg.batch} is not divisible by --k {cfg.k}: change one of them")
-    if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
-        raise InputError(f"--out {cfg.out} is not a folder: name another")
-    if not 0 <= cfg.offline <= 1:
-        raise InputError(f"--offline {cfg.offline} is a share of the problems: give 0 to 1")
-
-
 def begin(cfg: Config) -> tuple[Learner, Run, Progress]:
     """A new run, or Stage II after a finished Stage I; nothing that exists is overwritten."""
-    check(cfg)
+    runs.check_settings(cfg)
     run, record = runs.open_run(asdict(cfg))
     init = cfg.init or (f"{cfg.out}/stage1" if run.lines else "")
     if runs.plan_of(cfg.stage)[0][0] == 2 and not init:

@@ -1,0 +1,65 @@
+"""The README is true: its commands parse, its settings are the defaults, its metrics are logged."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import eval as evaluation
+import score
+from runs import check_settings
+from sample import Attempt, Episode
+from score import Config
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line.partition("#")[0] for block in BLOCKS[1:] for line in block.splitlines()]
+
+
+def test_the_first_block_is_the_two_commands():
+    train, check = BLOCKS[0].splitlines()
+    assert "-r requirements.txt" in train and train.endswith("python score.py")
+    assert "-r requirements-dev.txt" in check and check.endswith("python -m pytest -q")
+    assert len(README.splitlines()) <= 250
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_parses(command):
+    program, script, *flags = shlex.split(command)
+    assert program == "python"
+    if script == "score.py":
+        typed = score.parse_flags(flags)
+        check_settings(Config(**typed))
+    elif script == "eval.py":
+        assert evaluation.parse_flags(flags)
+    else:
+        assert (Path(score.__file__).parent / script).exists()
+
+
+def test_the_settings_it_names_are_the_defaults():
+    cfg = Config()
+    for claim in (
+        f"`k = {cfg.k}`",
+        f"α = {cfg.alpha:g}",
+        f"β1 = {cfg.beta1:g}",
+        f"β2 = {cfg.beta2:g}",
+        f"{cfg.steps1} + {cfg.steps2}",
+        f"batch {cfg.batch}",
+        f"--steps2 {cfg.steps1 + cfg.steps2}",
+        f"learning rate {cfg.lr * 1e4:g}e-4",
+    ):
+        assert claim in README, claim
+
+
+def test_every_metric_is_in_its_table():
+    attempt = Attempt([1], [0.0], "1", True, 1.0)
+    problem = score.Problem("1+1 =", "2", "sums", "p")
+    logged = set(evaluation.measure([Episode(problem, [1], (attempt, attempt))]))
+    logged |= {"kl_t1", "kl_t2", "grad_norm", "on_policy_gap", "seconds", "alarms"}
+    assert not {name for name in logged if f"`{name}`" not in README}
+
+
+def test_every_function_it_names_exists():
+    for module, name in re.findall(r"`(score|sample|eval|runs)\.(?!py`)(\w+)`", README):
+        assert hasattr(__import__(module), name), f"{module}.{name}"
