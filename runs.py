@@ -265,7 +265,7 @@ def load_state(folder: Path) -> tuple[Run, dict]:
 
 # --- 3. Alarms and the learning curve ----------------------------------------------------------
 
-ALARM_STEPS = 25  # an alarm looks at the mean of so many steps
+ALARM_STEPS = 50  # an alarm looks at the mean of so many steps
 ALARM_METRICS = ("acc_t1", "acc_t2", "copied", "cut_off", "kl_t1", "kl_t2")
 PANELS = {
     "share of sampled episodes": {
