@@ -4,15 +4,16 @@ SCoRe asks twice. Everything is joined as tokens, never by decoding and tokenisi
 
     x1 = [bos, question, template ...]      the first prompt, from the model's own chat template
     y1 = [...] + end token                  attempt 1, sampled
-    p1 = [template, instruction, ...]       "there might be an error, rewrite the solution"
+    p1 = [template, instruction, ...]       asks for another attempt; here just "again ="
     x2 = x1 + y1 + p1                       the second prompt
     y2 = [...] + end token                  attempt 2, sampled
 
-A task is its problems (here), an instruction (here) and a reward (rewards.py). The built-in task,
-`sums`, is column addition, most significant column first:
+A task is its problems (`load_problems`), an instruction (`INSTRUCTION`) and a reward (rewards.py).
+The built-in one, `sums`, is column addition, most significant column first; here with three of the
+eight columns:
 
-    4+7 9+0 3+6 =        ->   1 1 9 9       (493 + 706)
-    4+7 9+0 3+8 =        ->   1 2 0 1       (493 + 708: the carry runs through the nine)
+    2+5 9+0 3+6 =        ->   7 9 9       (293 + 506)
+    2+5 9+0 3+8 =        ->   8 0 1       (293 + 508: the carry runs through the nine)
 
 The first digit needs a carry that may come from far to the right. Attempt 1 has to see it coming;
 attempt 2 can read what attempt 1 wrote. Next to read: rewards.py.
@@ -23,7 +24,7 @@ import zlib
 from dataclasses import dataclass
 from functools import cache
 
-COLUMNS = 8  # of a sum; NOT IN PAPER, like everything about the built-in task
+COLUMNS = 8  # of a problem; NOT IN PAPER, like all of the built-in task
 SHARE_OF_NINES = 0.5  # columns that add up to 9 pass a carry on, so carries run far
 
 INSTRUCTION = {"sums": "again ="}  # what asks for the next attempt, by task
@@ -121,7 +122,7 @@ class Chat:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def text(self, tokens: list[int]) -> str:
-        """An attempt as text, without the token that ended it; stray special tokens stay seen."""
+        """An attempt as text, without its end token; stray special tokens stay visible."""
         ended = bool(tokens) and tokens[-1] in self.end_ids
         return self.tokenizer.decode(tokens[:-1] if ended else tokens).strip()
 

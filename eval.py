@@ -5,7 +5,8 @@
     python eval.py --plot runs/sums                         the learning curve, as a PNG
 
 The metrics are those of section 3 of the paper. delta_i_to_c and delta_c_to_i are fractions of ALL
-problems, so that acc_t2 - acc_t1 = delta_i_to_c - delta_c_to_i. Next to read: score.py.
+problems, so that acc_t2 - acc_t1 = delta_i_to_c - delta_c_to_i. Next to read: score.py (and sft.py
+for the built-in model).
 """
 
 import argparse
@@ -76,7 +77,7 @@ def edit_ratio(one: list[int], two: list[int]) -> float:
 
 def intervals(metrics: dict[str, float], n: int) -> dict[str, tuple[float, float]]:
     """95 % intervals: Wilson's for shares, Agresti and Min's for delta (paired: same problems)."""
-    shares = [name for name in metrics if name.startswith(("acc_", "delta_", "copied", "cut_off"))]
+    shares = [name for name in metrics if name.startswith(("acc_", "delta_", "copied"))]
     result = {name: wilson(metrics[name], n) for name in shares}
     if "delta" in metrics:
         gained, lost = metrics["delta_i_to_c"] * n + 0.5, metrics["delta_c_to_i"] * n + 0.5
@@ -89,7 +90,7 @@ def intervals(metrics: dict[str, float], n: int) -> dict[str, tuple[float, float
 def wilson(share: float, n: int) -> tuple[float, float]:
     middle = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     spread = Z95 * (share * (1 - share) / n + Z95**2 / (4 * n**2)) ** 0.5 / (1 + Z95**2 / n)
-    return min(middle - spread, share), max(middle + spread, share)  # rounding aside, a no-op
+    return min(middle - spread, share), max(middle + spread, share)  # against rounding at 0 and 1
 
 
 def evaluate(model, chat: Chat, problems: list[Problem], sampling: Sampling, rows: int = 500):

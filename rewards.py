@@ -1,7 +1,8 @@
 """Is it right? One number for an attempt: 1.0 or 0.0, never a share and never for the format.
 
 Pure functions of text. `stated_answer` finds what an attempt claims (None if it claims nothing
-readable); `reward` compares that with the true answer. Next to read: eval.py.
+readable); `reward` compares that with the true answer. A cut-off
+attempt is judged like any other. Next to read: sample.py.
 """
 
 import re

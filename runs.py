@@ -8,9 +8,9 @@
                 state.pt        weights, Adam and progress, for --resume
                 curve.png       drawn by `python eval.py --plot`
 
-Every file is written beside its place and then moved there, so a kill leaves the old or the new
-one, never half of one. The two logs grow by a line a step; state.pt remembers how long they were,
-and --resume cuts them back to that.
+What a run needs is written beside its place and then moved there: a kill never leaves half of it.
+The two logs grow by a line per step; state.pt remembers how long they were, and --resume cuts them
+back to that.
 """
 
 import json
@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from data import InputError, check_task
 
-LOGS = ("metrics.jsonl", "samples.txt")
+LOGS, RESULTS = ("metrics.jsonl", "samples.txt"), "results.json"
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Run:
 
     def write_results(self, name: str, metrics: dict) -> None:
         self.results[name] = metrics
-        write_atomically(self.folder / "results.json", json.dumps(self.results, indent=2))
+        write_atomically(self.folder / RESULTS, json.dumps(self.results, indent=2))
 
     def stop_on_signals(self) -> None:
         """Ctrl-C and SIGTERM let the step end, save and leave; a second one leaves at once."""
@@ -106,10 +106,8 @@ def read_metrics(path: Path, size: int | None = None) -> list[dict]:
     """The lines of a metrics.jsonl, or of its first `size` bytes; a damaged line is named."""
     if not path.exists():
         raise InputError(f"{path} is missing: name a run folder of score.py")
-    text, lines = path.read_bytes(), []
-    if size is not None and len(text) < size:
-        raise InputError(f"{path} is damaged (cut short) and kept as it is: restore it")
-    for number, line in enumerate(text[:size].splitlines(), start=1):
+    lines = []
+    for number, line in enumerate(path.read_bytes()[:size].splitlines(), start=1):
         try:
             lines.append(dict(json.loads(line)))
         except (ValueError, TypeError) as error:
@@ -142,21 +140,21 @@ def check_settings(cfg) -> None:
         raise InputError(f"--offline {cfg.offline} is a share of the problems: give 0 to 1")
 
 
-def open_run(settings: dict) -> tuple[Run, dict]:
-    """The run in --out and its config.json: an empty one, or a Stage I that Stage II may follow."""
-    run, record = Run(Path(settings["out"])), read_json(Path(settings["out"]) / "config.json")
-    if (run.folder / "metrics.jsonl").exists():
-        run.results = read_json(run.folder / "results.json")
-        if settings["stage"] != "2" or "stage1" not in run.results or "stage2" in run.results:
-            raise InputError(
-                f"--out {run.folder} holds a run already: go on with it by --resume if it was "
-                "interrupted, or begin a new one with another --out"
-            )
-        for name in ("model", "task"):
-            if settings[name] != record["settings"][name]:
-                raise InputError(f"--{name} must stay that of the run in {run.folder}")
-        run.lines = read_metrics(run.folder / "metrics.jsonl")
-    return run, record
+def settings_to_follow(folder: Path, typed: dict) -> dict:
+    """{} for a new run, the settings of Stage I for a Stage II after it; InputError for others."""
+    if not (folder / "metrics.jsonl").exists():
+        return {}
+    settings, results = read_json(folder / "config.json")["settings"], read_json(folder / RESULTS)
+    finished = {name for _, name in plan_of(settings["stage"])} <= set(results)
+    if typed.get("stage") != "2" or not finished or "stage2" in results:
+        raise InputError(
+            f"--out {folder} holds a run already: go on with it by --resume if it was "
+            "interrupted, or begin a new one with another --out"
+        )
+    for name in ("model", "task"):
+        if typed.get(name, settings[name]) != settings[name]:
+            raise InputError(f"--{name} must stay that of the run in {folder}: leave it out")
+    return {name: value for name, value in settings.items() if name not in ("stage", "init")}
 
 
 def read_settings(folder: Path, typed: dict) -> dict:
@@ -222,7 +220,7 @@ def load_checkpoint(name: str):
 
 
 def save_checkpoint(folder: Path, model, tokenizer) -> None:
-    """A plain save_pretrained folder; the one before stays until the new one is whole."""
+    """A plain save_pretrained folder; the one before is moved away when the new one is whole."""
     quiet_transformers()
     part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
     for leftover in (part, old):
@@ -254,7 +252,12 @@ def load_state(folder: Path) -> tuple[Run, dict]:
         sizes = dict(state["sizes"])
     except Exception as error:  # torch raises many kinds for a damaged file
         raise InputError(f"{path} is damaged and kept as it is: begin anew with --out") from error
-    run = Run(folder, results=read_json(folder / "results.json"))
+    for name, size in sizes.items():
+        if size > ((folder / name).stat().st_size if (folder / name).exists() else 0):
+            raise InputError(f"{folder / name} is damaged (cut short), and kept: restore it")
+    run = Run(folder, results=read_json(folder / RESULTS))
+    if "base, sampled" not in run.results:
+        raise InputError(f"{folder / RESULTS} is damaged or missing: restore it")
     if sizes["metrics.jsonl"]:
         run.lines = read_metrics(folder / "metrics.jsonl", sizes["metrics.jsonl"])
     for name, size in sizes.items():  # what came after the last save is done again

@@ -4,27 +4,27 @@
            │                        │
            r1 = r̂(y1, y*)           r2 = r̂(y2, y*)        1 if the answer is right, else 0
 
-    what multiplies the log-prob of a token    in y1            in y2
-      Stage I   (Eq. 3)                        0                r2
-      Stage II  (Eq. 4 and the bonus)          r1               r2 + α (r2 - r1)
-    each less its baseline; and a penalty      β2 KL, then β1   β1 KL
+    the log-prob of a token is multiplied by   in y1     in y2               and KL costs
+      Stage I   (Eq. 3)                        0         r2                  β2 on y1, β1 on y2
+      Stage II  (Eq. 4 and the bonus)          r1        r2 + α (r2 - r1)    β1 on both
+    each reward less its baseline, the mean of k - 1 siblings: samples of the same problem
 
     (Eq. 3)  max E[ r̂(y2, y*) - β2 KL(π(·|x1) ‖ π_ref(·|x1)) ]    and Eq. 2's β1 KL on y2
     (Eq. 4)  max E[ Σᵢ r̂(yᵢ, y*) - β1 KL(π(·|xᵢ) ‖ π_ref(·|xᵢ)) ]
     (bonus)  b̂(y2 | y1, y*) = α (r̂(y2, y*) - r̂(y1, y*)), added to r̂(y2, y*) of Eq. 4
 
-π is the policy, π_ref the frozen base model, y* the true answer; k samples are drawn a problem.
-Plain RL learns a better attempt 1 and then copies it. Stage I holds attempt 1 at the base model, so
-that reward can come only from what attempt 2 changes. Stage II trains both, and the bonus pays for
-wrong -> right and fines right -> wrong. y1 is never paid for r2 or the bonus (γ = 0, A.4): with
-α = 10 it would earn -9 for being right.
+π is the policy, π_ref the frozen base model, y* the true answer. Plain RL learns a better attempt 1
+and then copies it. Stage I holds attempt 1 at the base model, so that reward can come only from what
+attempt 2 changes. Stage II trains both; the bonus pays for wrong -> right and fines right -> wrong.
+Credit is per attempt (γ = 0, appendix A.4): x2 is a given to y2, and y1 is never paid for r2, its KL
+or the bonus. With α = 10, a right y1 would be paid r1 - α r1 = -9.
 
     python score.py                 base model, Stage I and Stage II on column addition, on a CPU
     python score.py --stage 1       only Stage I; then --stage 2 goes on from there
 
 Left out: a value model (siblings are the baseline), PPO's ratio and clipping (one update a batch,
 so the ratio is 1), dividing by length or by the spread of rewards (it would cancel α). The loss is
-no learning curve: only its gradient means something. Read data.py, rewards.py, eval.py before.
+no learning curve: only its gradient means something. Read data, rewards, sample and eval before.
 """
 
 import argparse
@@ -61,18 +61,16 @@ class Config:
     seed: int = flag(0, "of base model, data order and sampling")
     steps1: int = flag(300, "updates in Stage I; split NOT STATED (Table 8: 3000 in all)")
     steps2: int = flag(50, "updates in Stage II")
-    batch: int = flag(
-        256, "episodes a step, k of each problem (Table 8: 512, of which, NOT STATED)"
-    )
-    k: int = flag(8, "samples a problem, at least 2; NOT STATED (RLOO's paper: 2 and 4)")
-    lr: float = flag(2.5e-4, "Adam's learning rate (Table 8: 5e-6; 80,000 weights bear more)")
+    batch: int = flag(256, "episodes per step, k per problem (Table 8: 512 of NOT STATED)")
+    k: int = flag(8, "samples per problem, at least 2; NOT STATED (RLOO's paper: 2 and 4)")
+    lr: float = flag(2.5e-4, "Adam's learning rate (Table 8: 5e-6; a small model takes more)")
     alpha: float = flag(10.0, "weight of the bonus (Table 8: 10)")
     beta1: float = flag(0.01, "weight of the ordinary KL (Table 8: 0.01)")
     beta2: float = flag(0.1, "weight of Stage I's KL on attempt 1 (Table 8: 0.1)")
     offline: float = flag(0.0, "share of problems whose attempt 1 is the base's (section 5.3)")
     clip: float = flag(1.0, "largest gradient norm; NOT STATED, 1 is the custom")
     max_new_tokens: int = flag(10, "of one attempt; NOT STATED; a sum needs 9")
-    micro_batch: int = flag(256, "episodes a forward pass; changes memory, not the result")
+    micro_batch: int = flag(256, "episodes per forward pass; changes memory, not the result")
     save_every: int = flag(25, "steps between saves; the best of them is the stage's checkpoint")
     show_every: int = flag(25, "steps between transcripts in samples.txt")
     problems: int = flag(2000, "held-out problems in the table at the end")
@@ -95,7 +93,7 @@ def bonus(r1: torch.Tensor, r2: torch.Tensor, alpha: float) -> torch.Tensor:
 def leave_one_out(r: torch.Tensor, k: int) -> torch.Tensor:
     """Mean reward of an episode's k - 1 siblings (RLOO, Ahmadian et al. 2024); (B,) -> (B,).
 
-    The own sample is left out: a baseline that knew the action would bias the gradient.
+    An episode's own reward is left out: a baseline that knew the action would bias the gradient.
     """
     assert r.dim() == 1 and k >= 2 and len(r) % k == 0
     groups = r.view(-1, k)
@@ -142,7 +140,8 @@ def kl_penalty(y: Scored) -> torch.Tensor:
 
 
 # --- 4. The objectives -----------------------------------------------------------------------
-# To be maximised. The value means nothing, its gradient is that of the equation.
+# To be maximised. Their value means nothing; their gradient is the equation's, with credit per
+# attempt: y1 is held constant in the terms of y2.
 
 
 def stage1_objective(y1: Scored, y2: Scored, beta1: float, beta2: float) -> torch.Tensor:
@@ -266,7 +265,7 @@ def train(learner: Learner, run: Run, progress: Progress) -> None:
                 bar.update()
                 bar.set_postfix({key: f"{line[key]:.2f}" for key in ("acc_t1", "acc_t2", "copied")})
                 saving = progress.step % cfg.save_every == 0 or progress.step == steps
-                if saving:
+                if progress.step % cfg.save_every == 0 or progress.step == steps < cfg.save_every:
                     keep_best(learner, run, progress, name)
                 if saving or run.stopping:
                     save(learner, run, progress)
@@ -317,7 +316,7 @@ def keep_best(learner: Learner, run: Run, progress: Progress, name: str) -> None
 
     NOT IN PAPER: "highest training reward" is read as attempt 2's, smoothed over those steps.
     """
-    since = (progress.step - 1) % learner.cfg.save_every + 1
+    since = min(progress.step, learner.cfg.save_every)
     reward = sum(line["acc_t2"] for line in run.lines[-since:]) / since
     if reward >= progress.best:
         progress.best = reward
@@ -348,27 +347,33 @@ def held_out(model, chat: Chat, cfg: Config, temperature: float) -> dict[str, fl
 
 def save(learner: Learner, run: Run, progress: Progress) -> None:
     weights = {"policy": learner.policy.state_dict(), "optimizer": learner.optimizer.state_dict()}
-    runs.save_state(run, {**weights, "progress": asdict(progress)})
+    runs.save_state(run, {**weights, "progress": asdict(progress), "stage": learner.cfg.stage})
 
 
-def begin(cfg: Config) -> tuple[Learner, Run, Progress]:
-    """A new run, or Stage II after a finished Stage I; nothing that exists is overwritten."""
+def begin(typed: dict) -> tuple[Learner, Run, Progress]:
+    """A new run, or Stage II after a finished Stage I with its settings; nothing is overwritten."""
+    folder = Path(typed.get("out", Config.out))
+    followed = runs.settings_to_follow(folder, typed)
+    cfg, run, init = Config(**{**followed, **typed}), Run(folder), typed.get("init", "")
     runs.check_settings(cfg)
-    run, record = runs.open_run(asdict(cfg))
-    init = cfg.init or (f"{cfg.out}/stage1" if run.lines else "")
-    if runs.plan_of(cfg.stage)[0][0] == 2 and not init:
+    record = runs.read_json(folder / "config.json")
+    if followed:
+        run.lines = runs.read_metrics(folder / "metrics.jsonl")
+        run.results = runs.read_json(folder / "results.json")
+        init = init or str(folder / "stage1")
+    elif runs.plan_of(cfg.stage)[0][0] == 2 and not init:
         raise InputError(
             f"--stage 2 needs a Stage I, and --out {cfg.out} has none: run --stage 1 first, "
             "or name a checkpoint with --init"
         )
     policy = runs.load_checkpoint(init)[0] if init else None
-    ours = bool(run.lines) or record.get("settings", {}).get("seed") == cfg.seed
+    ours = bool(followed) or record.get("settings", {}).get("seed") == cfg.seed
     learner = build(cfg, policy, reuse=ours)
     if not run.results:
         for name, temperature in (("base", 0.0), ("base, sampled", 1.0)):
             run.write_results(name, held_out(learner.ref, learner.chat, cfg, temperature))
     save(learner, run, Progress())
-    runs.write_atomically(run.folder / "config.json", runs.describe(asdict(cfg), record))
+    runs.write_atomically(folder / "config.json", runs.describe(asdict(cfg), record))
     return learner, run, Progress()
 
 
@@ -377,6 +382,8 @@ def resume(typed: dict) -> tuple[Learner, Run, Progress]:
     folder = Path(typed.get("out", Config.out))
     cfg = Config(**{**runs.read_settings(folder, typed), "out": str(folder)})
     run, state = runs.load_state(folder)
+    if state["stage"] != cfg.stage:
+        raise InputError(f"the run in {folder} was killed before --stage 2 began: type that again")
     learner = build(cfg, None, reuse=True)
     learner.policy.load_state_dict(state["policy"])
     learner.optimizer.load_state_dict(state["optimizer"])
@@ -393,8 +400,9 @@ def build(cfg: Config, policy, reuse: bool) -> Learner:
     else:
         ref, tokenizer = fit_builtin(cfg.seed)
         runs.save_checkpoint(base, ref, tokenizer)
-    if policy and policy.config.vocab_size != ref.config.vocab_size:
-        raise InputError(f"--init {cfg.init} has another vocabulary than the base {cfg.model}")
+    shapes = [[p.shape for p in model.parameters()] for model in (policy or ref, ref)]
+    if shapes[0] != shapes[1]:
+        raise InputError(f"--init {cfg.init} has another architecture than the base {cfg.model}")
     chat = read_chat(tokenizer, ref, cfg.task)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ref = ref.to(device).eval().requires_grad_(False)
@@ -417,23 +425,24 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done, 2 bad input, 130 stopped by a signal."""
     try:
         typed = parse_flags(argv)
-        learner, run, progress = resume(typed) if "resume" in typed else begin(Config(**typed))
+        learner, run, progress = resume(typed) if "resume" in typed else begin(typed)
+        run.stop_on_signals()
+        train(learner, run, progress)
     except InputError as error:
         print(f"score.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped before the first step: nothing to resume", file=sys.stderr)
+        print("stopped before a step was made: nothing is lost, nothing was saved", file=sys.stderr)
         return 130
-    run.stop_on_signals()
-    train(learner, run, progress)
+    plan = runs.plan_of(learner.cfg.stage)
     where = "" if learner.cfg.out == Config.out else f" --out {learner.cfg.out}"
-    if run.stopping:
+    if progress.index < len(plan):
         print(f"stopped and saved after {len(run.lines)} steps; to go on:")
         print(f"    python score.py --resume{where}")
         return 130
     print(as_table({name: row for name, row in run.results.items() if name != "base, sampled"}))
     if "stage2" in run.results:
-        print(f"next: python eval.py --model {run.folder}/stage2, or --plot {run.folder}")
+        print(f"next: python eval.py --model {run.folder}/{plan[-1][1]}, or --plot {run.folder}")
     else:
         print(f"next: python score.py --stage 2{where}")
     return 0

@@ -1,14 +1,14 @@
-"""What it beats: maximum likelihood. Here: the built-in base model, a Gemma 2 fitted in seconds.
+"""Maximum likelihood: the built-in base model, a small Gemma 2 that is fitted in a minute.
 
 The paper's base models know more than their first attempt shows, and when asked again they mostly
 say the same thing. `fit_builtin` makes such a model for column addition, from transcripts with
 
-    attempt 1        mostly in haste: a carry is taken from the next column alone, and lost where
-                     it should run through a nine; sometimes the right answer
+    attempt 1        mostly shortsighted: a carry is seen if it starts in the next column, and lost
+                     where it should run through a nine; sometimes two columns, seldom all
     attempts 2 .. 4  mostly a copy of the attempt before; sometimes the right answer; sometimes a
                      slip, the right answer with the carry into one column taken wrong
 
-The greedy base repeats its hasty answer, and sampling shows it what else it could do. All of this
+The greedy base repeats its first answer, and sampling shows it what else it could do. All of this
 is NOT IN PAPER: it stands in for Gemini, and goes through the same code as google/gemma-2-2b-it.
 """
 

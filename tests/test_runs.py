@@ -155,15 +155,43 @@ def test_kill_9_at_any_moment_leaves_a_run_that_resumes(finished, checkpoint, tm
 
 def test_stage_2_goes_on_from_stage_1_in_a_second_command(finished, checkpoint, tmp_path, capsys):
     out = tmp_path / "apart"
-    first, second = ["--stage", "1", *SMALL], ["--stage", "2", *SMALL]
-    assert run_score("--model", checkpoint, "--out", out, *first) == 0
+    assert run_score("--model", checkpoint, "--out", out, "--stage", "1", *SMALL) == 0
     assert f"python score.py --stage 2 --out {out}" in capsys.readouterr().out
-    assert run_score("--model", checkpoint, "--out", out, *second) == 0
+    assert run_score("--stage", "2", "--out", out) == 0  # with the settings of Stage I
     apart, whole = tree(out), tree(finished)
-    for run in (apart, whole):
-        del run["progress"], run["lines"][-1]["alarms"]
+    for tree_ in (apart, whole):
+        del tree_["progress"]
     assert_equal(apart, whole)
     assert json.loads((out / "config.json").read_text())["earlier"][0]["settings"]["stage"] == "1"
+
+
+def test_an_interrupted_stage_2_is_not_begun_again_over_itself(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "half"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert run_score("--model", checkpoint, "--out", out, *SMALL) == 130
+    before = tree(out)
+    assert run_score("--stage", "2", "--out", out) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert_equal(tree(out), before)
+
+
+@pytest.mark.parametrize(("steps1", "saved_at"), [(5, [2, 4, 2]), (1, [1, 2])])
+def test_a_short_last_window_does_not_choose_the_checkpoint(
+    steps1, saved_at, checkpoint, tmp_path, monkeypatch
+):
+    seen, keep_best = [], score.keep_best
+
+    def recorded(learner, run, progress, name):
+        seen.append(progress.step)
+        keep_best(learner, run, progress, name)
+
+    monkeypatch.setattr(score, "keep_best", recorded)
+    flags = ["--model", checkpoint, "--out", tmp_path / "run", *SMALL, "--steps1", steps1]
+    assert run_score(*flags) == 0
+    assert seen == saved_at
 
 
 def test_stages_may_repeat(checkpoint, tmp_path):
@@ -202,7 +230,7 @@ def test_the_control_starts_from_the_base_with_init(checkpoint, tmp_path):
         (["--model", "endless"], "no end token"),
         (["--model", "torn"], "torn"),
         (["--model", "half"], "weights are missing"),
-        (["--init", "wide"], "another vocabulary"),
+        (["--init", "wide"], "another architecture"),
         (["--max-new-tokens", "200"], "lower --max-new-tokens"),
         (["--out", "a file"], "a file"),
         (["--resume"], "no run to resume"),
