@@ -14,10 +14,10 @@
     (bonus)  b̂(y2 | y1, y*) = α (r̂(y2, y*) - r̂(y1, y*)), added to r̂(y2, y*) of Eq. 4
 
 π is the policy, π_ref the frozen base model, y* the true answer. Plain RL learns a better attempt 1
-and then copies it. Stage I holds attempt 1 at the base model, so that reward can come only from what
+and then copies it. Stage I holds attempt 1 at the base model: reward can come only from what
 attempt 2 changes. Stage II trains both; the bonus pays for wrong -> right and fines right -> wrong.
-Credit is per attempt (γ = 0, appendix A.4): x2 is a given to y2, and y1 is never paid for r2, its KL
-or the bonus. With α = 10, a right y1 would be paid r1 - α r1 = -9.
+Credit is per attempt (γ = 0, appendix A.4): x2 is a given to y2, and y1 is never paid for r2 or the
+bonus. With α = 10, a right y1 would be paid r1 - α r1 = -9.
 
     python score.py                 base model, Stage I and Stage II on column addition, on a CPU
     python score.py --stage 1       only Stage I; then --stage 2 goes on from there
@@ -423,6 +423,7 @@ def parse_flags(argv: list[str] | None) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done, 2 bad input, 130 stopped by a signal."""
+    began = time.perf_counter()
     try:
         typed = parse_flags(argv)
         learner, run, progress = resume(typed) if "resume" in typed else begin(typed)
@@ -437,14 +438,13 @@ def main(argv: list[str] | None = None) -> int:
     plan = runs.plan_of(learner.cfg.stage)
     where = "" if learner.cfg.out == Config.out else f" --out {learner.cfg.out}"
     if progress.index < len(plan):
-        print(f"stopped and saved after {len(run.lines)} steps; to go on:")
-        print(f"    python score.py --resume{where}")
+        print(f"stopped and saved after {len(run.lines)} steps; python score.py --resume{where}")
         return 130
-    print(as_table({name: row for name, row in run.results.items() if name != "base, sampled"}))
-    if "stage2" in run.results:
-        print(f"next: python eval.py --model {run.folder}/{plan[-1][1]}, or --plot {run.folder}")
-    else:
-        print(f"next: python score.py --stage 2{where}")
+    table = as_table({name: row for name, row in run.results.items() if name != "base, sampled"})
+    print(f"done in {time.perf_counter() - began:.0f} s; greedy on held-out problems:\n{table}")
+    evaluating = f"python eval.py --model {run.folder}/{plan[-1][1]}, or --plot {run.folder}"
+    going_on = f"python score.py --stage 2{where}"
+    print("next:", evaluating if "stage2" in run.results else going_on)
     return 0
 
 
