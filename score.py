@@ -140,8 +140,7 @@ def kl_penalty(y: Scored) -> torch.Tensor:
 
 
 # --- 4. The objectives -----------------------------------------------------------------------
-# To be maximised. Their value means nothing; their gradient is the equation's, with credit per
-# attempt: y1 is held constant in the terms of y2.
+# To be maximised. Only their gradient means something: the equation's, y1 held constant for y2.
 
 
 def stage1_objective(y1: Scored, y2: Scored, beta1: float, beta2: float) -> torch.Tensor:
@@ -367,8 +366,8 @@ def begin(typed: dict) -> tuple[Learner, Run, Progress]:
             "or name a checkpoint with --init"
         )
     policy = runs.load_checkpoint(init)[0] if init else None
-    ours = bool(followed) or record.get("settings", {}).get("seed") == cfg.seed
-    learner = build(cfg, policy, reuse=ours)
+    same_base = bool(followed) or record.get("settings", {}).get("seed") == cfg.seed
+    learner = build(cfg, policy, same_base)
     if not run.results:
         for name, temperature in (("base", 0.0), ("base, sampled", 1.0)):
             run.write_results(name, held_out(learner.ref, learner.chat, cfg, temperature))
@@ -384,18 +383,18 @@ def resume(typed: dict) -> tuple[Learner, Run, Progress]:
     run, state = runs.load_state(folder)
     if state["stage"] != cfg.stage:
         raise InputError(f"the run in {folder} was killed before --stage 2 began: type that again")
-    learner = build(cfg, None, reuse=True)
+    learner = build(cfg, None, same_base=True)
     learner.policy.load_state_dict(state["policy"])
     learner.optimizer.load_state_dict(state["optimizer"])
     return learner, run, Progress(**state["progress"])
 
 
-def build(cfg: Config, policy, reuse: bool) -> Learner:
+def build(cfg: Config, policy, same_base: bool) -> Learner:
     """Load (or fit) the base model as reference, and the policy, which begins as its copy."""
     base = Path(cfg.out) / "base"
     if cfg.model != "builtin":
         ref, tokenizer = runs.load_checkpoint(cfg.model)
-    elif reuse and base.exists():
+    elif same_base and base.exists():
         ref, tokenizer = runs.load_checkpoint(str(base))
     else:
         ref, tokenizer = fit_builtin(cfg.seed)
@@ -443,8 +442,7 @@ def main(argv: list[str] | None = None) -> int:
     table = as_table({name: row for name, row in run.results.items() if name != "base, sampled"})
     print(f"done in {time.perf_counter() - began:.0f} s; greedy on held-out problems:\n{table}")
     evaluating = f"python eval.py --model {run.folder}/{plan[-1][1]}, or --plot {run.folder}"
-    going_on = f"python score.py --stage 2{where}"
-    print("next:", evaluating if "stage2" in run.results else going_on)
+    print("next:", evaluating if "stage2" in run.results else f"python score.py --stage 2{where}")
     return 0
 
 
