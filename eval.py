@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data import Chat, InputError, Problem, load_problems, read_chat
 from rewards import stated_answer
-from runs import load_checkpoint, plot_run, read_json, write_atomically
+from runs import as_flag, load_checkpoint, plot_run, read_json, write_atomically
 from sample import Episode, Sampling, askable, rollout
 
 Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
@@ -166,7 +166,7 @@ def report(args: argparse.Namespace) -> None:
     """Evaluate a model, print every metric and its interval, write both files."""
     for name in ("attempts", "problems", "max_new_tokens"):
         if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be 1 or more")
+            raise InputError(f"{as_flag(name)} must be 1 or more")
     if not args.model:
         raise InputError("--model is missing: name a checkpoint folder, or --plot a run folder")
     if not args.temperature >= 0:

@@ -144,10 +144,8 @@ def settings_to_follow(folder: Path, typed: dict) -> dict:
     """{} for a new run, the settings of Stage I for a Stage II after it; InputError for others."""
     if not (folder / "metrics.jsonl").exists():
         return {}
-    settings, results = (
-        read_json(folder / "config.json").get("settings"),
-        read_json(folder / RESULTS),
-    )
+    settings = read_json(folder / "config.json").get("settings")
+    results = read_json(folder / RESULTS)
     if settings is None:
         raise InputError(f"{folder / 'config.json'} is missing: restore it, or name another --out")
     finished = {name for _, name in plan_of(settings["stage"])} <= set(results)

@@ -75,20 +75,18 @@ def rollout(
     attempts = [list(episode.attempts) for episode in begun] or [[] for _ in problems]
     uniforms = draw_uniforms(problems, sampling).to(model.device)  # (B, attempts, max_new_tokens)
     held = torch.ones(len(problems), 0, dtype=torch.long, device=model.device)
-    past, feed = (DynamicCache(), held), []
-    for prompt, made in zip(prompts, attempts, strict=True):
-        feed.append([token for tokens, _ in segments(chat, prompt, made) for token in tokens])
+    parked = [(DynamicCache(), held, torch.arange(len(problems), device=model.device))]
+    first = len(attempts[0])
     with torch.inference_mode():
-        for number in range(len(attempts[0]), sampling.attempts):
-            answers, parked = decode(model, past, feed, uniforms[:, number], sampling, chat.end_ids)
-            for problem, made, (tokens, logp) in zip(problems, attempts, answers, strict=True):
-                made.append(judge(chat, problem, tokens, logp))
-            if number + 1 < sampling.attempts:
-                past = join(parked)
-                feed = [
-                    [made[-1].tokens[-1] if made[-1].finished else chat.close_id, *chat.p1]
-                    for made in attempts
-                ]
+        for number in range(first, sampling.attempts):
+            made = [segments(chat, *row) for row in zip(prompts, attempts, strict=True)]
+            feed = [[token for tokens, _ in parts for token in tokens] for parts in made]
+            if number > first:  # the cache holds all but the end token and the instruction
+                feed = [row[-1 - len(chat.p1) :] for row in feed]
+            drawn = uniforms[:, number]
+            answers, parked = decode(model, join(parked), feed, drawn, sampling, chat.end_ids)
+            for problem, row, answer in zip(problems, attempts, answers, strict=True):
+                row.append(judge(chat, problem, *map(list, zip(*answer, strict=True))))
     return [
         Episode(problem, prompt, tuple(made), offline=bool(begun))
         for problem, prompt, made in zip(problems, prompts, attempts, strict=True)
@@ -118,20 +116,20 @@ def decode(model, past, feed, uniforms, sampling: Sampling, end_ids):
 
     Args: past, the (cache, held) of the rows so far, held (B, S) being 1 where a column is real
     (pads are on the left); feed, the new token ids of each row; uniforms, (B, max_new_tokens).
-    Returns [(tokens, logp)] by row, and the parked caches from which `join` makes the next past.
+    Returns the (token, log-prob)s of each row, and the parked caches that `join` makes a past of.
     """
     cache, held = past
     ids, fed = left_pad(feed, held.device)  # (B, new)
     held = torch.cat([held, fed], dim=1)  # (B, S)
-    live, answers, parked = torch.arange(len(feed), device=ids.device), [([], []) for _ in feed], []
+    live = torch.arange(len(feed), device=ids.device)
+    answers, parked = [[] for _ in feed], []
     for step in range(sampling.max_new_tokens + 1):
         logits = next_logits(model, cache, ids, held)  # (B live, V)
         if step == sampling.max_new_tokens:
             break  # the last token of a cut-off attempt is in the cache now, as attempt 2 needs it
         token, logp = draw(logits, uniforms[live, step], sampling.temperature)
         for row, *sampled in zip(live.tolist(), token.tolist(), logp.tolist(), strict=True):
-            answers[row][0].append(sampled[0])
-            answers[row][1].append(sampled[1])
+            answers[row].append(sampled)
         ended = torch.isin(token, torch.tensor(end_ids, device=token.device))
         if ended.any():
             parked.append((copy_rows(cache, ended), held[ended], live[ended]))

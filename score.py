@@ -263,10 +263,10 @@ def train(learner: Learner, run: Run, progress: Progress) -> None:
                 line = one_step(learner, run, progress, problems, stage)
                 bar.update()
                 bar.set_postfix({key: f"{line[key]:.2f}" for key in ("acc_t1", "acc_t2", "copied")})
-                saving = progress.step % cfg.save_every == 0 or progress.step == steps
-                if progress.step % cfg.save_every == 0 or progress.step == steps < cfg.save_every:
+                window_full, last = progress.step % cfg.save_every == 0, progress.step == steps
+                if window_full or (last and steps < cfg.save_every):
                     keep_best(learner, run, progress, name)
-                if saving or run.stopping:
+                if window_full or last or run.stopping:
                     save(learner, run, progress)
                 if run.stopping:
                     return

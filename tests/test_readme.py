@@ -11,6 +11,7 @@ import score
 from runs import check_settings
 from sample import Attempt, Episode
 from score import Config
+from sft import builtin_model, builtin_tokenizer
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
@@ -47,6 +48,7 @@ def test_the_settings_it_names_are_the_defaults():
         f"{cfg.steps1} + {cfg.steps2}",
         f"batch {cfg.batch}",
         f"--steps2 {cfg.steps1 + cfg.steps2}",
+        f"{builtin_model(builtin_tokenizer(), seed=0).num_parameters():,} weights",
         f"learning rate {cfg.lr * 1e4:g}e-4",
     ):
         assert claim in README, claim
