@@ -1,13 +1,22 @@
-"""Is it right? One number for an attempt: 1.0 or 0.0, never a share and never for the format.
+r"""Is it right? One number for an attempt: 1.0 or 0.0, never a share and never for the format.
 
-Pure functions of text. `stated_answer` finds what an attempt claims (None if it claims nothing
-readable); `reward` compares that with the true answer. A cut-off
-attempt is judged like any other. Next to read: sample.py.
+    attempt ── final_answer ──▶ "\frac{2}{4}" ── same_answer ──▶ right, if the gold answer is 1/2
+
+`final_answer` finds what an attempt at a MATH problem claims; `same_answer` reads that and the gold
+answer into a structure (a list, an interval, an equation, a word ...) of values and compares them.
+What cannot be read is wrong, and so are two answers where one is asked for: the policy is paid for
+whatever this file accepts, and will find it. Pure functions of text, without state; they never
+raise. A cut-off attempt is judged like any other. Next to read: sample.py.
 """
 
 import re
 
+from answers import read, same, tidy
 from data import Problem
+
+TAIL, LONGEST = 20_000, 600  # characters: where a final answer is looked for, and its length
+
+# --- 1. Rewards ----------------------------------------------------------------------------------
 
 
 def sums_answer(attempt: str) -> str | None:
@@ -16,10 +25,55 @@ def sums_answer(attempt: str) -> str | None:
 
 
 def stated_answer(attempt: str, task: str) -> str | None:
-    """The answer an attempt states, in a form in which equal answers are equal strings."""
-    return {"sums": sums_answer}[task](attempt)
+    """The answer an attempt states, or None if it states none that can be found."""
+    return {"sums": sums_answer, "math": final_answer}[task](attempt)
 
 
 def reward(attempt: str, problem: Problem) -> float:
     """r̂(y, y*): 1.0 if the attempt states the problem's true answer, else 0.0 (section 3)."""
-    return float(stated_answer(attempt, problem.task) == problem.answer)
+    if problem.task == "math":
+        return math_reward(attempt, problem.answer)
+    return float(sums_answer(attempt) == problem.answer)
+
+
+def math_reward(attempt: str, answer: str) -> float:
+    """1.0 if the final answer of an attempt is the gold `answer`, else 0.0."""
+    stated = final_answer(attempt)
+    return float(stated is not None and same_answer(stated, answer))
+
+
+MARKS = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+PAPERS_FORM = re.compile(r"[Tt]he final answer is:?\s*\$((?:\\.|[^$\\])+)\$", re.DOTALL)
+
+
+def final_answer(text: str) -> str | None:
+    r"""What an attempt claims: its last balanced \boxed{..} or \fbox{..}, else its last
+    "The final answer is $..$" (the form the paper's prompt asks for), else None.
+    """
+    text, opened, last = text[-TAIL:], [], None
+    for mark in MARKS.finditer(text):
+        if mark[0].endswith("{") and mark[0] != r"\{":
+            opened.append(mark)
+        elif mark[0] == "}" and opened:
+            opening = opened.pop()
+            if len(opening[0]) > 1:
+                last = text[opening.end() : mark.start()].strip()
+    if last is None:
+        forms = PAPERS_FORM.findall(text)
+        last = forms[-1].strip() if forms else None
+    return last
+
+
+def same_answer(prediction: str, gold: str) -> bool:
+    """Is the prediction the gold answer? Both as in a box: LaTeX or ASCII, up to 600 characters.
+
+    Equal numbers and functions are equal, rounded ones are not. Lists have no order, tuples do.
+    Units, percent, degree and dollar signs may be there or not; a number's base may not be left
+    out. What is no answer (empty, 1/0, 0 = 0) is never right, not even against itself.
+    """
+    if max(len(prediction), len(gold)) > LONGEST:
+        return False
+    try:
+        return same(read(tidy(prediction)), read(tidy(gold)))
+    except (ValueError, ArithmeticError, RecursionError):  # Unreadable is a ValueError
+        return False

@@ -1,0 +1,628 @@
+r"""What does an answer say? It is read into a structure of values, and two of them are compared.
+
+    "x = \frac{2}{4}"                    the value 1/2, by the name of x
+    "[0, 1) \cup \{3\}"                  a set of real numbers
+    "5 \text{ or } 6"                    a list of two values
+    "\text{(E)}", "e"                    a word
+
+An answer is a value, word, list, tuple, set of real numbers, matrix, number in a base, ratio,
+equation or inequality. `tidy` brings LaTeX, ASCII and Unicode to one spelling, `read` finds the
+structure by what stands outermost, `same` compares. What cannot be read raises `Unreadable`.
+Next to read: rewards.py.
+"""
+
+import math
+import re
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from expressions import (
+    FUNCTIONS,
+    HALF,
+    ONE,
+    Number,
+    Unreadable,
+    add,
+    below,
+    divide,
+    equal,
+    inexact,
+    is_real,
+    multiply,
+    read_value,
+    read_values,
+    size,
+)
+
+NESTED, LISTED = 20, 64  # brackets within brackets, items of a list
+
+# --- 1. One spelling -------------------------------------------------------------------------------
+# Words become «words», "and" a comma, "or" ∨, the end of a matrix row ¶, the braces of a set ⦃ ⦄.
+
+END = r"(?![a-zA-Z])"  # of a command
+RAISED, LOWERED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹]+"), str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
+UNICODE = str.maketrans(
+    {
+        **{"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot "},
+        **{"÷": "/", "⁄": "/", "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup ", "∈": r"\in "},
+        **{"°": r"^\circ ", "≈": r"\approx ", "±": r"\pm ", "∓": r"\mp ", "’": "'"},
+        **{"½": r"\frac12", "⅓": r"\frac13", "¼": r"\frac14", "¾": r"\frac34", "⅔": r"\frac23"},
+        **{"α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "θ": r"\theta ", "λ": r"\lambda "},
+        **{"φ": r"\phi ", "ω": r"\omega ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}"},
+    }
+)
+SPELLINGS = [
+    (re.compile(pattern.replace("END", END), re.DOTALL), new)
+    for pattern, new in (
+        (r"[«»¶∨⦃⦄]", r"\\unknown "),  # these are ours alone
+        (r"(?:√|(?<![\\a-zA-Z])sqrt)\s*(\d+)", r"\\sqrt{\1}"),
+        (r"√", r"\\sqrt "),
+        (r"\\\\(?:\[[^]]*\])?", "¶"),
+        (r"\\(?:left|right|[bB]igg?[lrm]?)END\s*\.?", ""),
+        (r"\\(?:displaystyle|textstyle|limits|phantom|cr|angle|triangle)END", ""),
+        # Digits in threes: 1{,}000  1,\!000  1\,000; plain 1,000 is seen to in `thousands`.
+        (r"(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!|\\?,\\[,:; ]|\\,(?=\d{3}\b))\s*(?=\d{3})", ""),
+        (r"\\[!,:;> ]|\\q?quadEND|~|\\(?=\n)|\{\s*\}", " "),
+        (r"\\\{|\\lbraceEND", "⦃"),
+        (r"\\\}|\\rbraceEND", "⦄"),
+        (r"\\lbrackEND", "["),
+        (r"\\rbrackEND", "]"),
+        (r"\\?\$|\\[()\[\]]", " "),
+        (r"\\(?:boxed|fbox)END", ""),
+        (r"\\[dtc](frac|binom)END", r"\\\1"),
+        (r"\{([^{}]*)\\chooseEND([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (r"\{([^{}]*)\\overEND([^{}]*)\}", r"\\frac{\1}{\2}"),
+        (r"\\[lc]?dotsEND|\.\.\.|…", "«dots»"),
+        (r"\\(?:mathbb|mathbf|Bbb)\s*\{?R\}?", "«all real numbers»"),
+        (r"\\(?:mathbf|mathit|boldsymbol|bm|mathsf|mathcal|vec|hat|overrightarrow)END", ""),
+        (r"\\(?:overline|bar)(?=\s*\{\s*[A-Za-z])", ""),
+        (r"\\(?:varnothing|emptyset)END|⦃\s*⦄", "«empty set»"),
+        (r"⦃\s*[a-z]\s*(?:\\inEND\s*«all real numbers»)?\s*(?:\||:|\\midEND)([^⦃⦄]*)⦄", r"\1"),
+        (r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup "),
+        (r"\\(?:leq|leqslant|le)END|<=", r"≤"),
+        (r"\\(?:geq|geqslant|ge)END|>=", r"≥"),
+        (r"\\neq?END|!=|\\not\s*=", r"≠"),
+        (r"\\ltEND", "<"),
+        (r"\\gtEND", ">"),
+        (r"\\approxEND", "≈"),
+        (r"\\(?:[lr]?vert|mid)END", "|"),
+        (r"\\(?:land|wedge)END", ","),
+        (r"\\(?:lor|vee)END", "∨"),
+        (r"\\colonEND", ":"),
+    )
+]
+TEXT = re.compile(
+    r"\\(?:text(?:normal|rm|bf|it|sf|tt|up)?|[mh]box|mathrm|operatorname)\s*\{([^{}]*)\}"
+)
+KEPT_IN_TEXT = re.compile(r"((?<![A-Za-z^\d.])\d[\d.,:/]*|[(),;:%=&]|\band\b|\bor\b)")
+RUN = re.compile(r"\\(?:begin|end)\s*\{\w+\}|\\[A-Za-z]+|«[^»]*»|([A-Za-z]{2,})")
+
+# What a unit is called, by its short name; other words after a number may be there or not.
+UNITS = {
+    spelling: names.split()[0]
+    for names in (
+        "cm centimeter centimeters centimetre centimetres", "mm millimeter millimeters",
+        "m meter meters metre metres", "km kilometer kilometers kilometre kilometres",
+        "in inch inches", "ft foot feet", "yd yard yards", "mi mile miles", "mg milligrams",
+        "g gm gram grams", "kg kilogram kilograms", "lb lbs pound pounds", "oz ounce ounces",
+        "s sec second seconds", "min minute minutes", "h hr hrs hour hours", "day days",
+        "week weeks", "month months", "year years", "cent cents", "dollar dollars usd",
+        "euro euros", "l liter liters litre litres", "ml milliliter milliliters", "mph", "kph",
+        "am", "pm",
+    )
+    for spelling in names.split()
+}  # fmt: skip
+SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+ZERO_TO_TWELVE = "zero one two three four five six seven eight nine ten eleven twelve".split()
+# With these words behind it, a number is not what it was.
+TWISTS = set(
+    "not no nor never than if when unless except squared cubed factorial minus plus times dozen "
+    "dots wrong false half halves third thirds maybe perhaps but base mod more less to vs versus"
+    .split()
+)  # fmt: skip
+
+
+def tidy(text: str) -> str:
+    """The same answer in one spelling."""
+    text = RAISED.sub(lambda raised: f"^{{{raised[0].translate(LOWERED)}}}", text)
+    text = text.translate(UNICODE)
+    for pattern, new in SPELLINGS:
+        text = pattern.sub(new, text)
+    text = RUN.sub(spell_run, TEXT.sub(spell_text, text))
+    text = re.sub(r",(\s*,)+", ",", text).replace("'", "")
+    return re.sub(r"(?<!\\)[\s.,;]+$", "", text).strip()
+
+
+def spell_text(found: re.Match) -> str:
+    r"""\text{..}: numbers and separators as they are, and the rest «words»."""
+    word = found[1].strip()
+    if word in FUNCTIONS:
+        return rf"\{word} "
+    if word in ("i", "e"):
+        return word
+    pieces = KEPT_IN_TEXT.split(found[1])
+    for index in range(0, len(pieces), 2):
+        pieces[index] = f"«{pieces[index].strip()}»" if pieces[index].strip(" .") else ""
+    return " " + "".join(pieces) + " "
+
+
+def spell_run(found: re.Match) -> str:
+    """Letters side by side: a function, a separator, a word, or variables."""
+    letters = found[1]
+    if letters is None:  # a command or a word already
+        return found[0]
+    lower = letters.lower()
+    if lower in ("and", "or"):
+        return "," if lower == "and" else "∨"
+    if lower in ("infinity", "inf", "oo"):
+        return r"\infty "
+    for name in (*FUNCTIONS, "sqrt", "pi"):
+        if letters == name or letters[1:] == name in ("sqrt", "pi"):  # xsqrt(2)
+            return letters.removesuffix(name) + rf"\{name} "
+    return f"«{letters}»" if len(letters) > 3 or lower in {"sq", "cu", *UNITS} else letters
+
+
+# --- 2. Structure ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answer:
+    """kind: value, word, list, tuple, reals, matrix, base, ratio, equation or inequality.
+
+    parts: what it is made of, as its kind needs it. name: that of `x` in `x = 5` and `x > 3`.
+    unit: a known unit. marks: the brackets of a tuple, the sign of an inequality. values: those of
+    a word that reads as variables too, or of left - right where a value came as an equation.
+    """
+
+    kind: str
+    parts: tuple
+    name: str = ""
+    unit: str = ""
+    marks: str = ""
+    values: tuple[Number, ...] = ()
+
+
+OPENING, CLOSING = "([{⦃", ")]}⦄"
+RELATION = re.compile(r"[=<>≤≥≠≈]")
+VARIABLE = re.compile(
+    r"\s*((?:\\[a-zA-Z]+|[A-Za-z])(?:_\w|_\{\w+\})?)(?:\^\{-1\})?\s*(\(\s*[A-Za-z]\s*\))?\s*"
+)
+MEMBER = re.compile(r"([^=<>]*)\\in(?![a-zA-Z])")
+MATRIX = re.compile(
+    r"([^=]*?)\\begin\s*\{([pbB]?matrix|smallmatrix|array)\}(?:\{[^}]*\})?(.*)\\end\s*\{\2\}",
+    re.DOTALL,
+)
+BASE = re.compile(
+    r"[({«\s]*(-?(?:[0-9A-Z.]*\d[0-9A-Z]*|[A-Z]+))[»\s)}]*_\s*\{?\s*[«(]?(\w+)[»)]?\s*\}?", re.ASCII
+)
+WITH_UNIT = re.compile(
+    r"(.*?[^«»\s])\s*((?:/?\s*«[^»]*»\s*(?:\^\s*\{?\s*\d\s*\}?)?\s*)+)", re.DOTALL
+)
+INFINITE = re.compile(r"([+-]?)\s*\\infty\s*")
+THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
+
+
+def read(text: str, depth: int = 0) -> Answer:
+    """The structure of a tidy text; raises Unreadable."""
+    if depth > NESTED or not text.strip():
+        raise Unreadable("empty, or too deep")
+    for separators in (",;", "∨"):
+        parts = split(text, separators)
+        if len(parts) > 1:
+            return as_list([read(part, depth + 1) for part in parts], either=separators == "∨")
+    return read_item(text.strip(), depth + 1)
+
+
+def as_list(items: list[Answer], either: bool) -> Answer:
+    """Answers without order; inequalities joined by "or" are one set of numbers."""
+    names = {item.name for item in items}
+    if either and len(names) == 1 and all(item.kind == "reals" for item in items):
+        return replace(items[0], parts=tuple(part for item in items for part in item.parts))
+    names -= {""}
+    if len(names) == 1:  # x = 2 or x = 3 is a list of two values
+        items = [replace(item, name="") for item in items]
+    flat = [part for item in items for part in (item.parts if item.kind == "list" else [item])]
+    if len(flat) > LISTED:
+        raise Unreadable("too long a list")
+    return Answer("list", tuple(flat), name=names.pop() if len(names) == 1 else "")
+
+
+def split(text: str, separators: str) -> list[str]:
+    """Cut at separators that stand outside of brackets and between no digits of one number."""
+    parts, depth, start, grouped = [], 0, 0, thousands(text)
+    for at, letter in enumerate(text):
+        depth += (letter in OPENING) - (letter in CLOSING)
+        if depth < 0:
+            break
+        if letter in separators and not depth and at not in grouped:
+            parts.append(text[start:at])
+            start = at + 1
+    if depth:
+        raise Unreadable("brackets do not match")
+    return [*parts, text[start:]]
+
+
+def thousands(text: str) -> set[int]:
+    """Where commas group the digits of a number, as in 1,000."""
+    spans = [range(*found.span()) for found in THOUSANDS.finditer(text)]
+    return {at for span in spans for at in span if text[at] == ","}
+
+
+def read_item(text: str, depth: int) -> Answer:
+    """One answer, by what stands outermost."""
+    if (found := MEMBER.match(text)) and VARIABLE.fullmatch(found[1]):
+        return replace(read(text[found.end() :], depth), name=found[1].strip())
+    if found := INFINITE.fullmatch(text):
+        return Answer("value", (-math.inf if found[1] == "-" else math.inf,))
+    if len(parts := split(re.sub(r"\\cup(?![a-zA-Z])", "∪", text), "∪")) > 1:
+        return Answer("reals", tuple(i for part in parts for i in intervals(read(part, depth))))
+    if found := MATRIX.fullmatch(text):
+        return read_matrix(*found.group(1, 3))
+    if RELATION.search(text):
+        return read_relation(text, depth)
+    if text[0] in OPENING and closes(text) == len(text) - 1:
+        return read_bracketed(text, depth)
+    if (found := BASE.fullmatch(text)) and (based := read_base(*found.groups())):
+        return based
+    if re.fullmatch(r"[A-Za-z]+", text):
+        return read_letters(text)
+    if "«" in text:
+        return read_words(text, depth)
+    if len(parts := split(text, ":")) > 1:
+        return Answer("ratio", tuple(constant(part) for part in parts))
+    return read_number(text.replace(",", "") if thousands(text) else text)
+
+
+def closes(text: str) -> int:
+    """Where the bracket that opens the text closes."""
+    depth = 0
+    for at, letter in enumerate(text):
+        depth += (letter in OPENING) - (letter in CLOSING)
+        if not depth:
+            break
+    return at
+
+
+def read_number(text: str) -> Answer:
+    """One value, or two where there is a plus-minus sign."""
+    plus = Answer("value", read_values(text))
+    if not re.search(r"\\(?:pm|mp)(?![a-zA-Z])", text):
+        return plus
+    return Answer("list", (plus, Answer("value", read_values(text, sign=-1))))
+
+
+def constant(text: str) -> Number:
+    """A number without variables, or an infinity."""
+    if INFINITE.fullmatch(text):
+        return -math.inf if text.strip().startswith("-") else math.inf
+    value, names = read_value(text)
+    if names:
+        raise Unreadable("a variable where a number is needed")
+    return value
+
+
+def read_bracketed(text: str, depth: int) -> Answer:
+    """A tuple or interval, a set, or a group around one answer."""
+    marks, inner = text[0] + text[-1], text[1:-1]
+    parts = split(inner, ",;")
+    if len(parts) == 1 or marks in ("{}", "⦃⦄"):
+        return read(inner, depth)
+    items = tuple(read(part, depth) for part in parts)
+    if any(item.kind == "list" for item in items) or marks not in ("()", "[]", "(]", "[)"):
+        raise Unreadable("no tuple")
+    return Answer("tuple", items, marks=marks)
+
+
+def read_matrix(factor: str, body: str) -> Answer:
+    """Rows of values, times what stands before."""
+    rows = [split(row, "&") for row in body.split("¶") if row.strip()]
+    if not rows or len({len(row) for row in rows}) > 1:
+        raise Unreadable("no matrix")
+    factor = f"({factor})" if factor.strip() else ""
+    return Answer(
+        "matrix", tuple(tuple(read_values(f"{factor}({x})") for x in row) for row in rows)
+    )
+
+
+def read_base(digits: str, base: str) -> Answer | None:
+    """1011_2, a plain number if the base is ten; None if these are no digits of that base."""
+    if base.lower() in ZERO_TO_TWELVE:
+        base = str(ZERO_TO_TWELVE.index(base.lower()))
+    if not base.isdecimal() or not 2 <= int(base[:3]) <= 36:
+        return None
+    if any(int(digit, 36) >= int(base) for digit in digits if digit.isalnum()):
+        return None
+    if base == "10":
+        return read_number(digits)
+    return Answer("base", (digits.lstrip("0") or "0", int(base)))
+
+
+def read_letters(letters: str) -> Answer:
+    """Letters alone: a word that may be the product of a few usual variables, or i, or e."""
+    if letters in ("i", "e"):
+        return read_number(letters)
+    usual = re.fullmatch(r"[a-z]|[abckmnpqrstuvwxyz]{2,3}", letters)
+    return replace(phrase(letters), values=read_values(letters) if usual else ())
+
+
+def read_words(text: str, depth: int) -> Answer:
+    """A number with a unit, else a phrase."""
+    found = WITH_UNIT.fullmatch(text)
+    if found and "«" not in found[1] and not re.fullmatch(r"[A-Za-z]{2,}", found[1]):
+        unit = re.sub(r"[«».\s{}]+", " ", found[2]).lower().split()
+        if len(unit) <= 6 and not TWISTS & set(unit):
+            zeros = sum(SCALES.get(word, 0) for word in unit)
+            number = f"({found[1]}) \\cdot 10^{{{zeros}}}" if zeros else found[1]
+            return replace(read_item(number, depth), unit=unit_name(unit))
+    if re.search(r"[\\^=<>≤≥|+*/]", re.sub(r"«[^»]*»", "", text)):
+        raise Unreadable("words within mathematics")
+    return phrase(text)
+
+
+def phrase(text: str) -> Answer:
+    """Words, compared without case, punctuation and article."""
+    words = " ".join(re.findall(r"[^\W_]+", text.casefold()))
+    words = re.sub(r"^(?:the|an?) ", "", words)
+    if words in ("", "nan"):
+        raise Unreadable("no word")
+    if words in ("all real numbers", "all reals", "real numbers", "all real values"):
+        return Answer("reals", ((-math.inf, False, math.inf, False),))
+    if words in ZERO_TO_TWELVE:
+        return read_number(str(ZERO_TO_TWELVE.index(words)))
+    return Answer("word", (words,))
+
+
+def unit_name(words: list[str]) -> str:
+    """The short name of a known unit with its power, "" for any other words."""
+    if "".join(words) in ("am", "pm"):
+        return "".join(words)
+    text = " ".join(words)
+    known = [UNITS[word] for word in re.sub(r"\^ ?\d", "", text).split() if word in UNITS]
+    squared = re.search(r"\bsq(uare)?\b|\^ ?2", text)
+    cubed = re.search(r"\bcu(bic)?\b|\^ ?3", text)
+    return f"{known[0]}{2 if squared else 3 if cubed else ''}" if len(known) == 1 else ""
+
+
+# --- 3. Relations, and sets of real numbers ----------------------------------------------------------
+
+FLIPPED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤", "≠": "≠"}
+
+
+def read_relation(text: str, depth: int) -> Answer:
+    """name = value, an equation, an inequality, or a chain of them."""
+    signs = RELATION.findall(text)
+    sides = [side.strip() for side in split(RELATION.sub("\0", text), "\0")]
+    if len(sides) != len(signs) + 1:
+        raise Unreadable("a relation within brackets")
+    if signs == ["≈"]:
+        return read_approximation(*sides, depth)
+    if not all(sides) or len(set(sides)) == 1:
+        raise Unreadable("a side is empty, or all are the same")
+    if set(signs) == {"="}:
+        return read_equation(sides, depth)
+    if "=" in signs or "≈" in signs:
+        raise Unreadable("relations of several kinds")
+    return read_inequality(sides, signs)
+
+
+def read_approximation(exact: str, near: str, depth: int) -> Answer:
+    """≈ 8.24, or 2/3 ≈ 0.67: the exact value, if the other is what it rounds to."""
+    if not exact:
+        return read(near, depth)
+    if VARIABLE.fullmatch(exact):
+        return replace(read(near, depth), name=exact)
+    decimals = re.search(r"\.(\d+)", near)
+    unit = read_value(f"10^{{-{len(decimals[1]) if decimals else 0}}}")[0]
+    value = constant(exact)
+    if below(multiply(HALF, unit), size(add(value, -constant(near)))):
+        raise Unreadable("two answers")
+    return Answer("value", (value,))
+
+
+def read_equation(sides: list[str], depth: int) -> Answer:
+    """x = 5 is the value 5 by the name of x; x + y = 5 is an equation; 2/4 = 1/2 is one value."""
+    if len(sides) == 2 and VARIABLE.fullmatch(sides[1]) and not VARIABLE.fullmatch(sides[0]):
+        sides = sides[::-1]
+    named = VARIABLE.fullmatch(sides[0])
+    if len(sides) == 2 and not (named and named[1] not in variables(sides[1])):
+        return Answer("equation", difference(*sides))
+    answers = [read(side, depth) for side in (sides[1:] if named else sides)]
+    if not all(same(one, two) for one, two in pairwise(answers)):
+        raise Unreadable("two answers")
+    if not named:
+        return answers[-1]
+    try:
+        values = difference(sides[0], sides[-1])
+    except (ValueError, ArithmeticError):  # the right side is no expression
+        values = ()
+    return replace(answers[-1], name=re.sub(r"\s", "", sides[0]), values=values)
+
+
+def variables(text: str) -> set[str]:
+    try:
+        return read_value(text)[1]
+    except (ValueError, ArithmeticError):
+        return set()
+
+
+def difference(left: str, right: str) -> tuple[Number, ...]:
+    """left - right at each point; Unreadable without variables, and if it is zero everywhere."""
+    values = read_values(f"({left}) - ({right})")
+    if len(values) == 1 or all(value == 0 for value in values):
+        raise Unreadable("a tautology, or no variable")
+    return values
+
+
+def read_inequality(sides: list[str], signs: list[str]) -> Answer:
+    """x > 3 and -1 < x ≤ 2 as the numbers that x may be, s^2 < 8r as it is."""
+    names = [at for at, side in enumerate(sides) if VARIABLE.fullmatch(side)]
+    others = [side for at, side in enumerate(sides) if at not in names]
+    if len(names) == 1 and not any(variables(side) for side in others):
+        return read_bounds(sides, signs, names[0])
+    if len(sides) != 2:
+        raise Unreadable("a chain of inequalities without a name in it")
+    sign = signs[0]
+    if sign in "<≤":
+        sides, sign = sides[::-1], FLIPPED[sign]
+    return Answer("inequality", difference(*sides), marks=sign)
+
+
+def read_bounds(sides: list[str], signs: list[str], named: int) -> Answer:
+    low, high = (-math.inf, False), (math.inf, False)
+    name = re.sub(r"\s", "", sides[named])
+    for at, sign in enumerate(signs):
+        if named not in (at, at + 1):
+            raise Unreadable("a chain of inequalities with its name at the end")
+        bound = constant(sides[at if named > at else at + 1])
+        sign = sign if named > at else FLIPPED[sign]  # as in: bound sign name
+        if sign == "≠":
+            below_and_above = ((*low, bound, False), (bound, False, *high))
+            return Answer("reals", below_and_above, name=name)
+        if sign in "<≤":
+            low = (bound, sign == "≤")
+        else:
+            high = (bound, sign == "≥")
+    if len(signs) == 2 and (math.inf in high or -math.inf in low):
+        raise Unreadable("two bounds on one side")
+    return Answer("reals", ((*low, *high),), name=name)
+
+
+def intervals(answer: Answer) -> tuple[tuple, ...]:
+    """An interval or a finite set as (low, is low in it, high, is high in it)s."""
+    if answer.kind == "reals":
+        return answer.parts
+    if answer.kind == "tuple" and len(answer.parts) == 2:
+        low, high = (part.parts[0] if part.kind == "value" else None for part in answer.parts)
+        if None not in (low, high) and before(low, high):
+            return ((low, answer.marks[0] == "[", high, answer.marks[1] == "]"),)
+    points = answer.parts if answer.kind == "list" else (answer,)
+    if all(point.kind == "value" and len(point.parts) == 1 for point in points):
+        return tuple((point.parts[0], True, point.parts[0], True) for point in points)
+    raise Unreadable("no set of real numbers")
+
+
+def before(x, y) -> bool:
+    """x < y, where either may be infinite."""
+    if isinstance(x, float) or isinstance(y, float):
+        return x != y and (x == -math.inf or y == math.inf)
+    return is_real(x) and is_real(y) and below(x, y)
+
+
+def alike(x, y) -> bool:
+    """x = y, where either may be infinite."""
+    if isinstance(x, float) or isinstance(y, float):
+        return isinstance(x, float) and isinstance(y, float) and x == y
+    return equal(x, y)
+
+
+def holds(x: Number, parts: tuple) -> bool:
+    """Is x in one of the intervals?"""
+    return any(
+        (before(low, x) and before(x, high))
+        or (has_low and alike(low, x))
+        or (has_high and alike(x, high))
+        for low, has_low, high, has_high in parts
+    )
+
+
+# --- 4. Comparison ---------------------------------------------------------------------------------
+
+
+def same(one: Answer, two: Answer) -> bool:
+    """Are two answers the same? Names and known units must agree where both have one."""
+    if (one.name and two.name and one.name != two.name) or "equation" in (one.kind, two.kind):
+        return proportional(as_equation(one), as_equation(two))
+    if one.unit and two.unit and one.unit != two.unit:
+        return False
+    kinds = {one.kind, two.kind}
+    if kinds == {"word"} and one.parts == two.parts:
+        return True
+    if kinds <= {"word", "value"}:
+        return same_values(*(a.parts if a.kind == "value" else a.values for a in (one, two)))
+    if kinds == {"ratio", "value"}:
+        return same_values(quotient(one), quotient(two))
+    if "reals" in kinds and kinds <= {"reals", "tuple", "list"}:
+        return same_reals(intervals(one), intervals(two))
+    if len(kinds) > 1 or len(one.parts) != len(two.parts):
+        return False
+    return COMPARISONS[one.kind](one, two)
+
+
+def as_equation(answer: Answer) -> tuple:
+    """left - right at each point, () if the answer is no equation."""
+    if answer.kind == "equation":
+        return answer.parts
+    return answer.values if answer.name else ()
+
+
+def quotient(answer: Answer) -> tuple:
+    if answer.kind == "value":
+        return answer.parts
+    return (divide(*answer.parts),) if len(answer.parts) == 2 else ()
+
+
+def same_values(one: tuple, two: tuple) -> bool:
+    """The same at every point where a value is real, or at all points if none is."""
+    if not one or not two:
+        return False
+    pairs = [(one[i % len(one)], two[i % len(two)]) for i in range(max(len(one), len(two)))]
+    if isinstance(one[0], float) or isinstance(two[0], float):
+        return all(alike(x, y) for x, y in pairs)
+    with_reals = [pair for pair in pairs if any(map(is_real, pair))]
+    return all(equal(x, y) for x, y in with_reals or pairs)
+
+
+def same_items(one: Answer, two: Answer) -> bool:
+    """The same answers in any order, each as often."""
+    left = list(two.parts)
+    for item in one.parts:
+        found = next((at for at, other in enumerate(left) if same(item, other)), None)
+        if found is None:
+            return False
+        del left[found]
+    return not left
+
+
+def same_tuple(one: Answer, two: Answer) -> bool:
+    return one.marks == two.marks and all(map(same, one.parts, two.parts))
+
+
+def same_matrix(one: Answer, two: Answer) -> bool:
+    rows = zip(one.parts, two.parts, strict=True)
+    return all(len(a) == len(b) and all(map(same_values, a, b)) for a, b in rows)
+
+
+def same_reals(one: tuple, two: tuple) -> bool:
+    """Do two unions of intervals hold the same of their ends, and of what lies between?"""
+    ends = [
+        end for low, _, high, _ in (*one, *two) for end in (low, high) if not isinstance(end, float)
+    ]
+    ends = sorted(ends, key=lambda x: float(inexact(x).real))
+    between = [multiply(HALF, add(x, y)) for x, y in pairwise(ends)]
+    beyond = [add(ends[0], -ONE), add(ends[-1], ONE)] if ends else [ONE]
+    return all(holds(x, one) == holds(x, two) for x in (*ends, *between, *beyond))
+
+
+def proportional(one: tuple, two: tuple) -> bool:
+    """Do two ratios, or left - right of two equations at each point, differ by a factor?"""
+    if len(one) != len(two) or not one or one[0] == 0 or two[0] == 0:
+        return False
+    return all(
+        equal(multiply(x, two[0]), multiply(y, one[0])) for x, y in zip(one, two, strict=True)
+    )
+
+
+def same_inequality(one: Answer, two: Answer) -> bool:
+    factor = divide(one.parts[0], two.parts[0])
+    kept = one.marks == "≠" or (is_real(factor) and below(-factor, factor))  # the sign, by ×factor
+    return one.marks == two.marks and kept and proportional(one.parts, two.parts)
+
+
+COMPARISONS = {
+    "list": same_items,
+    "tuple": same_tuple,
+    "matrix": same_matrix,
+    "base": lambda one, two: one.parts == two.parts,
+    "ratio": lambda one, two: proportional(one.parts, two.parts),
+    "inequality": same_inequality,
+}

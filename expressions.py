@@ -1,0 +1,461 @@
+r"""What is an expression worth? LaTeX or ASCII, read by recursive descent straight into a number.
+
+    \frac{2}{4}, 2/4, 0.5        Fraction(1, 2): exact rationals as far as they go
+    3\sqrt{2} - \pi              a complex number of 70 digits
+    x^2 - 1, (x-1)(x+1)          three numbers each: variables stand at three fixed random points,
+                                 so that expressions are equal if their numbers are
+
+What is read was written by a model that is paid for being right, so nothing is ever evaluated as
+code, and length, depth, powers and factorials have bounds. What cannot be read, or has no value
+(1/0), raises `Unreadable`. Pure functions, no state: any thread may call them.
+Next to read: rewards.py.
+"""
+
+import math
+import re
+from fractions import Fraction
+from zlib import crc32
+
+from mpmath import MPContext  # comes with sympy
+from sympy import integer_nthroot
+
+MP = MPContext()
+MP.dps = 70
+CLOSE = MP.mpf(10) ** -55  # relative; equal values differ by rounding alone
+LARGEST, SMALLEST = MP.mpf(10) ** 50, MP.mpf(10) ** -50  # of inexact numbers: else +1 would be lost
+TALLEST = (
+    10**25
+)  # numerator of a rational that may be an inexact number: it comes no nearer by luck
+BITS, FACTORIAL, DEPTH, EFFORT = 2**15, 2500, 40, 64  # size of a rational, n of n!, nesting, powers
+POINTS = 3  # the last one is negative, where sqrt(x^2) is not x
+
+Number = Fraction | MP.mpc
+ONE, HALF = Fraction(1), Fraction(1, 2)
+
+
+class Unreadable(ValueError):
+    """Not an expression, not a number, or too large."""
+
+
+# --- 1. Numbers --------------------------------------------------------------------------------
+
+
+def settle(z) -> Number:
+    """A number within bounds; what is zero but for rounding is zero."""
+    if isinstance(z, Fraction):
+        if max(z.numerator.bit_length(), z.denominator.bit_length()) > BITS:
+            raise Unreadable("too large")
+        return z
+    if not MP.isfinite(z):
+        raise Unreadable("no finite number")
+    if abs(z) < CLOSE:
+        return Fraction(0)
+    if not SMALLEST < abs(z) < LARGEST:
+        raise Unreadable("too large or too small")
+    return MP.mpc(z)
+
+
+def inexact(x: Number):
+    if not isinstance(x, Fraction):
+        return x
+    if x and not -200 < x.numerator.bit_length() - x.denominator.bit_length() < 200:
+        raise Unreadable("too large or too small beside an irrational number")
+    return MP.mpc(x.numerator) / x.denominator
+
+
+def is_real(x: Number) -> bool:
+    return isinstance(x, Fraction) or abs(x.imag) <= CLOSE * abs(x)
+
+
+def equal(x: Number, y: Number) -> bool:
+    """The same number? A rational of many digits is no irrational number, however near."""
+    if isinstance(x, Fraction) and isinstance(y, Fraction):
+        return x == y
+    for z in (x, y):
+        if isinstance(z, Fraction) and max(abs(z.numerator), z.denominator) > TALLEST:
+            return False
+    x, y = inexact(x), inexact(y)
+    return abs(x - y) <= CLOSE * max(abs(x), abs(y))
+
+
+def below(x: Number, y: Number) -> bool:
+    """Is the real number x less than y?"""
+    if isinstance(x, Fraction) and isinstance(y, Fraction):
+        return x < y
+    return not equal(x, y) and inexact(x).real < inexact(y).real
+
+
+def add(x: Number, y: Number) -> Number:
+    if isinstance(x, Fraction) and isinstance(y, Fraction):
+        return settle(x + y)
+    total = inexact(x) + inexact(y)
+    cancelled = abs(total) <= CLOSE * abs(inexact(x))
+    return Fraction(0) if cancelled else settle(total)
+
+
+def multiply(x: Number, y: Number) -> Number:
+    if isinstance(x, Fraction) and isinstance(y, Fraction):
+        return settle(x * y)
+    return settle(inexact(x) * inexact(y))
+
+
+def divide(x: Number, y: Number) -> Number:
+    return multiply(x, 1 / y)  # ZeroDivisionError where y is 0
+
+
+def power(base: Number, exponent: Number) -> Number:
+    """base ** exponent; odd roots of negative numbers are real, as in school."""
+    if isinstance(exponent, Fraction):
+        whole, root = exponent.numerator, exponent.denominator
+        if isinstance(base, Fraction):
+            exact = exact_root(base, root)
+            if exact is not None:
+                bits = max(exact.numerator.bit_length(), exact.denominator.bit_length())
+                if bits * abs(whole) > 2 * BITS and exact not in (0, 1, -1):
+                    raise Unreadable("too large a power")
+                return settle(exact**whole)
+        if root > 1 and root % 2 and is_real(base) and inexact(base).real < 0:
+            positive = power(-base, exponent)
+            return positive if whole % 2 == 0 else -positive
+    if abs(inexact(exponent)) > FACTORIAL or base == 0:
+        raise Unreadable("too large a power")
+    return settle(MP.exp(inexact(exponent) * MP.ln(inexact(base))))
+
+
+def exact_root(x: Fraction, degree: int) -> Fraction | None:
+    """The rational whose `degree`-th power is x, or None."""
+    if degree == 1:
+        return x
+    if degree > 100 or (x < 0 and degree % 2 == 0):
+        return None
+    roots = [integer_nthroot(n, degree) for n in (abs(x.numerator), x.denominator)]
+    if not all(is_exact for _, is_exact in roots):
+        return None
+    return Fraction(roots[0][0], roots[1][0]) * (-1 if x < 0 else 1)
+
+
+def factorial(n: Number) -> Number:
+    """n!; of a variable, which is no whole number, it is the gamma function at n + 1."""
+    if not isinstance(n, Fraction) or n > FACTORIAL or (n.denominator == 1 and n < 0):
+        raise Unreadable("no factorial")
+    if n.denominator == 1:
+        return Fraction(math.factorial(int(n)))
+    if abs(n) > 30:
+        raise Unreadable("no factorial")
+    return settle(MP.mpc(MP.gamma(inexact(n + 1).real)))
+
+
+def binomial(n: Number, k: Number) -> Number:
+    return divide(factorial(n), multiply(factorial(k), factorial(add(n, -k))))
+
+
+def rounded(x: Number, up: bool) -> Fraction:
+    if not is_real(x):
+        raise Unreadable("no real number")
+    if isinstance(x, Fraction):
+        return Fraction(math.ceil(x) if up else math.floor(x))
+    near = int(MP.nint(x.real))
+    if equal(x, Fraction(near)):
+        return Fraction(near)
+    return Fraction(int(MP.ceil(x.real) if up else MP.floor(x.real)))
+
+
+def size(x: Number) -> Number:
+    return abs(x) if isinstance(x, Fraction) else settle(MP.mpc(abs(x)))
+
+
+# Only functions that leave MP's precision as it is: others raise it for a while, in all threads.
+FUNCTIONS = {
+    **{
+        name: getattr(MP, name)
+        for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh", "exp", "ln")
+    },
+    **{f"arc{name}": getattr(MP, f"a{name}") for name in ("sin", "cos", "tan")},
+    "sec": lambda x: 1 / MP.cos(x),
+    "csc": lambda x: 1 / MP.sin(x),
+    "cot": lambda x: MP.cos(x) / MP.sin(x),
+    "log": lambda x: MP.ln(x) / MP.ln(10),
+}
+
+
+def apply(name: str, x: Number) -> Number:
+    return settle(FUNCTIONS[name](inexact(x)))
+
+
+def variable(name: str, point: int) -> Fraction:
+    """Where a variable stands at a point: the same for every expression."""
+    value = Fraction(1000 + crc32(f"{name} at {point}".encode()) % 9000, 2003)
+    return -value if point == POINTS - 1 else value
+
+
+# --- 2. Reading --------------------------------------------------------------------------------
+
+SPACE = re.compile(r"\s*")
+LITERALS = re.compile(
+    r"(\d+)?(?:\.(\d+)?(?:\\overline\{(\d+)\})?)?(?:[eE]([+-]?\d{1,3})(?![\d.]))?", re.ASCII
+)
+SUBSCRIPT = re.compile(r"_(?:\{\s*(\w+)\s*\}|(\w))", re.ASCII)
+DIGITS = r"\s*(?:\{\s*(\d+)\s*\}|(\d))"
+MIXED = re.compile(rf"\s*\\frac{DIGITS}{DIGITS}|\s+(\d+)/(\d+)", re.ASCII)
+DEGREE = re.compile(r"\^\s*\{\s*\\circ\s*\}|\^?\s*\\(?:circ|degree)(?![A-Za-z])|\\?%")
+PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
+TIMES = re.compile(r"\*(?!\*)|\\(?:cdot|times|ast)(?![A-Za-z])")
+DIVIDE = re.compile(r"/|\\div(?![A-Za-z])")
+GREEK = re.compile(
+    r"\\(?:var)?(?:alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|rho"
+    r"|sigma|tau|upsilon|phi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Sigma|Phi|Psi|Omega|ell)"
+    r"(?![A-Za-z])"
+)
+CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
+STARTS = re.compile(
+    rf"[A-Za-z({{\[]|\\(?:frac|sqrt|binom|pi|lfloor|lceil|{'|'.join(FUNCTIONS)})(?![A-Za-z])"
+)
+
+
+class Reader:
+    """One pass over a text. names: the variables met. sign: +1 or -1, what \\pm stands for."""
+
+    def __init__(self, text: str, point: int, sign: int):
+        self.text, self.point, self.sign = text, point, sign
+        self.at, self.depth, self.bars, self.degrees, self.effort = 0, 0, False, False, 0
+        self.names: set[str] = set()
+
+    def take(self, pattern) -> re.Match | None:
+        """Skip spaces and read what the pattern (compiled, or literal text) matches next."""
+        self.at = SPACE.match(self.text, self.at).end()
+        if isinstance(pattern, str):
+            pattern = re.compile(
+                re.escape(pattern) + (r"(?![A-Za-z])" if pattern[-1].isalpha() else "")
+            )
+        found = pattern.match(self.text, self.at)
+        if found:
+            self.at = found.end()
+        return found
+
+    def sees(self, pattern) -> bool:
+        at, found = self.at, self.take(pattern)
+        self.at = at
+        return found is not None
+
+    def expression(self) -> Number:
+        """term ± term ± ..."""
+        self.depth += 1
+        if self.depth > DEPTH:
+            raise Unreadable("too deep")
+        total = self.term()
+        while True:
+            if self.take("+"):
+                total = add(total, self.term())
+            elif self.take("-"):
+                total = add(total, -self.term())
+            elif found := self.take(PLUS_MINUS):
+                total = add(total, self.plus_minus(found) * self.term())
+            else:
+                self.depth -= 1
+                return total
+
+    def term(self) -> Number:
+        """Factors, multiplied, divided or side by side; a / b c is (a / b) c."""
+        product = self.signed()
+        while True:
+            if self.take(TIMES):
+                product = multiply(product, self.signed())
+            elif self.take(DIVIDE):
+                product = divide(product, self.signed())
+            elif self.begins_factor():
+                product = multiply(product, self.power())
+            else:
+                return product
+
+    def begins_factor(self) -> bool:
+        """Does a factor follow side by side? Never a digit: 5 6 is no number."""
+        if self.sees("|"):
+            return not self.bars
+        if self.text[: self.at].rstrip()[-1:] == "!" and self.sees(re.compile(r"[0-9]")):
+            return True
+        return self.sees(STARTS) or self.sees(GREEK)
+
+    def signed(self) -> Number:
+        if self.take(re.compile(r"-(?!\s*[-+]\s*[-+])")):
+            return -self.signed()
+        if self.take("+"):
+            return self.signed()
+        if found := self.take(PLUS_MINUS):
+            return self.plus_minus(found) * self.signed()
+        return self.power()
+
+    def plus_minus(self, found: re.Match) -> int:
+        return self.sign if found[0] == r"\pm" else -self.sign
+
+    def power(self) -> Number:
+        self.depth += 1
+        if self.depth > DEPTH:
+            raise Unreadable("too deep")
+        base = self.postfixed()
+        if self.take(re.compile(r"\^|\*\*")):
+            self.spend()
+            base = power(base, self.exponent())
+            if self.take("!"):
+                base = factorial(base)
+        self.depth -= 1
+        return base
+
+    def exponent(self) -> Number:
+        if self.sees("{"):
+            inner = self.postfixed()
+            return power(inner, self.exponent()) if self.take("^") else inner
+        return self.signed_exponent()
+
+    def signed_exponent(self) -> Number:
+        minus = self.take("-")
+        value = self.power()
+        return -value if minus else value
+
+    def postfixed(self) -> Number:
+        """A primary, its factorials, and the degree or percent sign, which counts only in sin."""
+        value = self.primary()
+        while True:
+            if found := self.take(DEGREE):
+                self.degrees = self.degrees or "%" not in found[0]
+            elif self.take(re.compile(r"!(?!=)")):
+                self.spend()
+                value = factorial(value)
+            else:
+                return value
+
+    def primary(self) -> Number:
+        for opening in CLOSING:
+            if self.take(opening):
+                return self.group(opening)
+        for command, read in {
+            r"\frac": lambda: divide(self.argument(), self.argument()),
+            r"\sqrt": self.root,
+            r"\binom": lambda: binomial(self.argument(), self.argument()),
+            r"\pi": lambda: settle(MP.mpc(MP.pi)),
+        }.items():
+            if self.take(command):
+                return read()
+        if self.sees(re.compile(r"[0-9]|\.[0-9]|\.\\overline")):
+            return self.number()
+        if found := self.take(GREEK):
+            return self.named(found[0])
+        return self.letters()
+
+    def group(self, opening: str) -> Number:
+        bars, self.bars = self.bars, opening == "|"
+        value = self.expression()
+        self.bars = bars
+        if not self.take(CLOSING[opening]):
+            raise Unreadable("not closed")
+        if opening == "|":
+            return size(value)
+        if opening.startswith("\\"):
+            return rounded(value, up=opening == r"\lceil")
+        return value
+
+    def argument(self) -> Number:
+        """What a command takes: a group in braces, or one digit, letter or command."""
+        if digit := self.take(re.compile(r"[0-9]")):
+            return Fraction(int(digit[0]))
+        if not self.sees(re.compile(r"[{A-Za-z\\(]")):
+            raise Unreadable("no argument")
+        return self.primary()
+
+    def spend(self) -> None:
+        """Powers, roots and functions cost time: an answer has a few, an attack has hundreds."""
+        self.effort += 1
+        if self.effort > EFFORT:
+            raise Unreadable("too many powers, roots or functions")
+
+    def root(self) -> Number:
+        self.spend()
+        degree = self.group("[") if self.take("[") else Fraction(2)
+        if not isinstance(degree, Fraction) or degree.denominator != 1 or degree < 2:
+            raise Unreadable("no root")
+        return power(self.argument(), 1 / degree)
+
+    def number(self) -> Fraction:
+        """A literal: 12, 0.5, .5, 1.2e3, 0.\\overline{3}; or a mixed number, 2\\frac{1}{4} or 2 1/4."""
+        found = self.take(LITERALS)
+        whole, decimals, repeated, scale = (part or "" for part in found.groups())
+        if self.sees("_"):
+            raise Unreadable("a base within an expression")
+        value = Fraction(int(whole + decimals or 0), 10 ** len(decimals))
+        if repeated:
+            value += Fraction(int(repeated), (10 ** len(repeated) - 1) * 10 ** len(decimals))
+        if scale:
+            value *= Fraction(10) ** int(scale)
+        mixed = MIXED.match(self.text, self.at) if found[0] == whole else None
+        if mixed:
+            self.at = mixed.end()
+            above, under = (int(part) for part in mixed.groups() if part)
+            if not 0 < above < under:
+                raise Unreadable("neither a mixed number nor a product")
+            value += Fraction(above, under)
+        return value
+
+    def letters(self) -> Number:
+        """A function with its argument, i, e, or a variable with its subscript."""
+        found = self.take(re.compile(r"\\([a-z]+)"))
+        if found:
+            if found[1] in FUNCTIONS:
+                return self.function(found[1])
+            raise Unreadable("unknown command")
+        found = self.take(re.compile(r"[A-Za-z]"))
+        if not found:
+            raise Unreadable("no expression")
+        return self.named(found[0])
+
+    def named(self, name: str) -> Number:
+        subscript = self.take(SUBSCRIPT)
+        if subscript:
+            name += "_" + (subscript[1] or subscript[2])
+        elif name == "i":
+            return MP.mpc(0, 1)
+        elif name == "e":
+            return settle(MP.mpc(MP.e))
+        self.names.add(name)
+        return variable(name, self.point)
+
+    def function(self, name: str) -> Number:
+        """sin x, sin^2 x, sin^{-1} x, sin 5x, sin(x), log_2 8."""
+        self.spend()
+        exponent, base = Fraction(1), None
+        if self.take("^"):
+            exponent = self.argument() if not self.take("-") else -self.argument()
+        if self.take("_"):
+            base = self.argument()
+        if exponent == -1 and f"arc{name}" in FUNCTIONS:
+            name, exponent = f"arc{name}", Fraction(1)
+        outside, self.degrees = self.degrees, False
+        value = self.postfixed() if self.sees("(") else self.side_by_side()
+        if self.degrees:
+            value = multiply(value, settle(MP.mpc(MP.pi) / 180))
+        self.degrees = outside
+        result = apply("ln" if base is not None else name, value)
+        if base is not None:
+            result = divide(result, apply("ln", base))
+        return power(result, exponent)
+
+    def side_by_side(self) -> Number:
+        """The argument of a function without parentheses: 5x in sin 5x cos x."""
+        value = -self.power() if self.take("-") else self.power()
+        while self.sees(re.compile(r"[A-Za-z]|\\(?:pi|frac|sqrt)(?![A-Za-z])")) or self.sees(GREEK):
+            value = multiply(value, self.power())
+        return value
+
+
+def read_value(text: str, point: int = 0, sign: int = 1) -> tuple[Number, set[str]]:
+    """The value of a whole text at a point, and the variables in it; raises Unreadable."""
+    reader = Reader(text, point, sign)
+    value = reader.expression()
+    if not reader.take(re.compile(r"\Z")):
+        raise Unreadable("something follows")
+    return value, reader.names
+
+
+def read_values(text: str, sign: int = 1) -> tuple[Number, ...]:
+    """One value if there are no variables, else one at each point."""
+    first, names = read_value(text, 0, sign)
+    rest = range(1, POINTS) if names else ()
+    return (first, *(read_value(text, point, sign)[0] for point in rest))
