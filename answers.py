@@ -14,7 +14,7 @@ Next to read: rewards.py.
 import math
 import re
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from expressions import (
     FUNCTIONS,
@@ -36,7 +36,7 @@ from expressions import (
 
 NESTED, LISTED = 20, 64  # brackets within brackets, items of a list
 
-# --- 1. One spelling -------------------------------------------------------------------------------
+# --- 1. One spelling --------------------------------------------------------------------------
 # Words become «words», "and" a comma, "or" ∨, the end of a matrix row ¶, the braces of a set ⦃ ⦄.
 
 END = r"(?![a-zA-Z])"  # of a command
@@ -162,7 +162,7 @@ def spell_run(found: re.Match) -> str:
     return f"«{letters}»" if len(letters) > 3 or lower in {"sq", "cu", *UNITS} else letters
 
 
-# --- 2. Structure ----------------------------------------------------------------------------------
+# --- 2. Structure -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -275,12 +275,8 @@ def read_item(text: str, depth: int) -> Answer:
 
 def closes(text: str) -> int:
     """Where the bracket that opens the text closes."""
-    depth = 0
-    for at, letter in enumerate(text):
-        depth += (letter in OPENING) - (letter in CLOSING)
-        if not depth:
-            break
-    return at
+    depths = accumulate((letter in OPENING) - (letter in CLOSING) for letter in text)
+    return next((at for at, depth in enumerate(depths) if not depth), -1)
 
 
 def read_number(text: str) -> Answer:
@@ -383,7 +379,7 @@ def unit_name(words: list[str]) -> str:
     return f"{known[0]}{2 if squared else 3 if cubed else ''}" if len(known) == 1 else ""
 
 
-# --- 3. Relations, and sets of real numbers ----------------------------------------------------------
+# --- 3. Relations, and sets of real numbers ---------------------------------------------------
 
 FLIPPED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤", "≠": "≠"}
 
@@ -474,14 +470,13 @@ def read_bounds(sides: list[str], signs: list[str], named: int) -> Answer:
         if named not in (at, at + 1):
             raise Unreadable("a chain of inequalities with its name at the end")
         bound = constant(sides[at if named > at else at + 1])
-        sign = sign if named > at else FLIPPED[sign]  # as in: bound sign name
         if sign == "≠":
             below_and_above = ((*low, bound, False), (bound, False, *high))
             return Answer("reals", below_and_above, name=name)
-        if sign in "<≤":
-            low = (bound, sign == "≤")
+        if (sign in "<≤") == (named > at):  # bound < name, or name > bound
+            low = (bound, sign in "≤≥")
         else:
-            high = (bound, sign == "≥")
+            high = (bound, sign in "≤≥")
     if len(signs) == 2 and (math.inf in high or -math.inf in low):
         raise Unreadable("two bounds on one side")
     return Answer("reals", ((*low, *high),), name=name)
@@ -525,7 +520,7 @@ def holds(x: Number, parts: tuple) -> bool:
     )
 
 
-# --- 4. Comparison ---------------------------------------------------------------------------------
+# --- 4. Comparison ----------------------------------------------------------------------------
 
 
 def same(one: Answer, two: Answer) -> bool:

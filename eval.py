@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import Chat, InputError, Problem, load_problems, read_chat
-from rewards import stated_answer
-from runs import as_flag, load_checkpoint, plot_run, read_json, write_atomically
+from data import TASKS, Chat, InputError, Problem, check_task, load_problems, read_chat
+from models import load_checkpoint
+from rewards import agree, stated_answer
+from runs import as_flag, plot_run, read_json, write_atomically
 from sample import Episode, Sampling, askable, rollout
 
 Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
@@ -42,6 +43,8 @@ def measure(episodes: list[Episode]) -> dict[str, float]:
         metrics["edit_ratio"] = sum(edit_ratio(y1.tokens, y2.tokens) for y1, y2 in pairs) / n
     everything = [attempt for column in attempts for attempt in column]
     metrics["cut_off"] = sum(not attempt.finished for attempt in everything) / len(everything)
+    answers = [stated_answer(y.text, e.problem.task) for e in episodes for y in e.attempts]
+    metrics["unreadable"] = answers.count(None) / len(answers)
     for i, column in enumerate(attempts, start=1):
         metrics[f"length_t{i}"] = sum(len(attempt.tokens) for attempt in column) / n
     return metrics
@@ -49,9 +52,8 @@ def measure(episodes: list[Episode]) -> dict[str, float]:
 
 def same_statement(episode: Episode) -> bool:
     """Does attempt 2 state the answer of attempt 1? Where none is readable, the texts decide."""
-    y1, y2 = episode.attempts[:2]
-    stated = [stated_answer(y.text, episode.problem.task) or y.text for y in (y1, y2)]
-    return stated[0] == stated[1]
+    one, two = (y.text for y in episode.attempts[:2])
+    return one == two or agree(one, two, episode.problem.task)
 
 
 def edit_ratio(one: list[int], two: list[int]) -> float:
@@ -93,10 +95,23 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     return min(middle - spread, share), max(middle + spread, share)  # against rounding at 0 and 1
 
 
-def evaluate(model, chat: Chat, problems: list[Problem], sampling: Sampling, rows: int = 500):
-    """Episodes and metrics of a model over `problems`, `rows` of them at a time."""
+def by_group(episodes: list[Episode]) -> dict[str, dict[str, float]]:
+    """`measure` of each level and each subject, where the problems have them."""
+    groups: dict[str, list[Episode]] = {}
+    for episode in episodes:
+        level, subject = episode.problem.level, episode.problem.subject
+        for name in (f"level {level}" if level else "", subject):
+            groups.setdefault(name, []).append(episode)
+    return {
+        f"{name} ({len(groups[name])})": measure(groups[name]) for name in sorted(groups) if name
+    }
+
+
+def evaluate(model, chat: Chat, problems: list[Problem], sampling: Sampling):
+    """Episodes and metrics of a model over `problems`."""
     problems = askable(problems, model, chat, sampling)
-    batches = [problems[start : start + rows] for start in range(0, len(problems), rows)]
+    starts = range(0, len(problems), sampling.rows)
+    batches = [problems[start : start + sampling.rows] for start in starts]
     bar = tqdm(batches, desc="eval", unit="batch", leave=False)
     episodes = [episode for batch in bar for episode in rollout(model, chat, batch, sampling)]
     return episodes, measure(episodes)
@@ -123,8 +138,10 @@ def as_table(rows: dict[str, dict[str, float]]) -> str:
     """The five metrics of the paper and the share of copied answers, a line a model."""
     names = ["acc_t1", "acc_t2", "delta", "delta_i_to_c", "delta_c_to_i", "copied"]
     heads = ["acc@t1", "acc@t2", "delta", "i->c", "c->i", "copied"]
-    lines = [" " * 16 + "".join(f"{head:>8}" for head in heads)]
-    lines += [f"{row:16}" + "".join(f"{m[name]:8.3f}" for name in names) for row, m in rows.items()]
+    width = max(16, *(len(row) + 1 for row in rows))
+    lines = [" " * width + "".join(f"{head:>8}" for head in heads)]
+    for row, metrics in rows.items():
+        lines.append(f"{row:{width}}" + "".join(f"{metrics[name]:8.3f}" for name in names))
     return "\n".join(lines)
 
 
@@ -136,11 +153,16 @@ def reject(message: str) -> None:
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", help="checkpoint folder, or name on the Hugging Face hub")
-    parser.add_argument("--task", default="sums")
+    parser.add_argument("--task", default="sums", help=" or ".join(TASKS))
+    parser.add_argument("--data", default="", help="folder of MATH's JSONL files, not the hub")
     parser.add_argument("--attempts", type=int, default=2)
-    parser.add_argument("--problems", type=int, default=2000, help="held-out problems")
+    parser.add_argument("--problems", type=int, help="held-out problems (default: 2000, math: 500)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
-    parser.add_argument("--max-new-tokens", type=int, default=10, help="of one attempt")
+    parser.add_argument(
+        "--max-new-tokens", type=int, help="of one attempt (default: 10, math: 1024)"
+    )
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), help="(math: bfloat16)")
+    parser.add_argument("--rows", type=int, help="attempted side by side (default: 500, math: 64)")
     parser.add_argument("--seed", default="eval", help="of sampling, at a temperature above 0")
     parser.add_argument("--out", type=Path, help="folder to write to (default: MODEL/eval)")
     parser.add_argument("--plot", type=Path, metavar="RUN", help="draw a run's learning curve")
@@ -164,29 +186,38 @@ def main(argv: list[str] | None = None) -> int:
 
 def report(args: argparse.Namespace) -> None:
     """Evaluate a model, print every metric and its interval, write both files."""
-    for name in ("attempts", "problems", "max_new_tokens"):
+    check_task(args.task)
+    task = TASKS[args.task]
+    usual = {"problems": task.held_out, "max_new_tokens": task.max_new_tokens}
+    usual |= {"precision": task.precision, "rows": task.rows}
+    for name, value in usual.items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    for name in ("attempts", "problems", "max_new_tokens", "rows"):
         if getattr(args, name) < 1:
             raise InputError(f"{as_flag(name)} must be 1 or more")
     if not args.model:
         raise InputError("--model is missing: name a checkpoint folder, or --plot a run folder")
     if not args.temperature >= 0:
         raise InputError(f"--temperature {args.temperature} must be 0 (greedy) or more")
-    problems = load_problems(args.task, "test", args.problems)
+    problems = load_problems(args.task, "test", args.problems, args.data)
     settings = {key: str(value) for key, value in vars(args).items() if key not in ("out", "plot")}
     local = Path(args.model).is_dir()
     folder = args.out or (Path(args.model) if local else Path("runs") / args.model) / "eval"
     if read_json(folder / "metrics.json").get("settings", settings) != settings:
         raise InputError(f"--out {folder} holds another evaluation: name another folder")
-    model, tokenizer = load_checkpoint(args.model)
+    model, tokenizer = load_checkpoint(args.model, args.precision)
     chat = read_chat(tokenizer, model, args.task)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    sampling = Sampling(args.attempts, args.max_new_tokens, args.temperature, args.seed)
+    sampling = Sampling(args.attempts, args.max_new_tokens, args.temperature, args.seed, args.rows)
     episodes, metrics = evaluate(model, chat, problems, sampling)
+    groups = by_group(episodes)
     bounds = intervals(metrics, len(episodes))
     for name, value in metrics.items():
         low_high = "[{:.3f}, {:.3f}]".format(*bounds[name]) if name in bounds else ""
         print(f"{name:14}{value:8.3f}  {low_high}")
-    record = {"settings": settings, "metrics": metrics, "intervals": bounds}
+    if groups and args.attempts > 1:
+        print(as_table(groups))
+    record = {"settings": settings, "metrics": metrics, "intervals": bounds, "groups": groups}
     write_atomically(folder / "metrics.json", json.dumps(record, indent=2))
     write_atomically(folder / "transcripts.jsonl", "".join(map(transcript_line, episodes)))
     print(f"wrote {folder}/metrics.json and transcripts.jsonl")

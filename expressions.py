@@ -37,7 +37,7 @@ class Unreadable(ValueError):
     """Not an expression, not a number, or too large."""
 
 
-# --- 1. Numbers --------------------------------------------------------------------------------
+# --- 1. Numbers -------------------------------------------------------------------------------
 
 
 def settle(z) -> Number:
@@ -188,7 +188,7 @@ def variable(name: str, point: int) -> Fraction:
     return -value if point == POINTS - 1 else value
 
 
-# --- 2. Reading --------------------------------------------------------------------------------
+# --- 2. Reading -------------------------------------------------------------------------------
 
 SPACE = re.compile(r"\s*")
 LITERALS = re.compile(
@@ -375,7 +375,7 @@ class Reader:
         return power(self.argument(), 1 / degree)
 
     def number(self) -> Fraction:
-        """A literal: 12, 0.5, .5, 1.2e3, 0.\\overline{3}; or a mixed number, 2\\frac{1}{4} or 2 1/4."""
+        """12, 0.5, .5, 1.2e3, 0.\\overline{3}, or a mixed number: 2\\frac{1}{4}, 2 1/4."""
         found = self.take(LITERALS)
         whole, decimals, repeated, scale = (part or "" for part in found.groups())
         if self.sees("_"):

@@ -12,7 +12,7 @@ raise. A cut-off attempt is judged like any other. Next to read: sample.py.
 import re
 
 from answers import read, same, tidy
-from data import Problem
+from data import Problem, last_box
 
 TAIL, LONGEST = 20_000, 600  # characters: where a final answer is looked for, and its length
 
@@ -29,6 +29,14 @@ def stated_answer(attempt: str, task: str) -> str | None:
     return {"sums": sums_answer, "math": final_answer}[task](attempt)
 
 
+def agree(one: str, two: str, task: str) -> bool:
+    """Do two attempts state the same answer?"""
+    answers = stated_answer(one, task), stated_answer(two, task)
+    if None in answers or task == "sums":
+        return None not in answers and answers[0] == answers[1]
+    return answers[0] == answers[1] or same_answer(*answers)
+
+
 def reward(attempt: str, problem: Problem) -> float:
     """r̂(y, y*): 1.0 if the attempt states the problem's true answer, else 0.0 (section 3)."""
     if problem.task == "math":
@@ -42,7 +50,6 @@ def math_reward(attempt: str, answer: str) -> float:
     return float(stated is not None and same_answer(stated, answer))
 
 
-MARKS = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 PAPERS_FORM = re.compile(r"[Tt]he final answer is:?\s*\$((?:\\.|[^$\\])+)\$", re.DOTALL)
 
 
@@ -50,18 +57,10 @@ def final_answer(text: str) -> str | None:
     r"""What an attempt claims: its last balanced \boxed{..} or \fbox{..}, else its last
     "The final answer is $..$" (the form the paper's prompt asks for), else None.
     """
-    text, opened, last = text[-TAIL:], [], None
-    for mark in MARKS.finditer(text):
-        if mark[0].endswith("{") and mark[0] != r"\{":
-            opened.append(mark)
-        elif mark[0] == "}" and opened:
-            opening = opened.pop()
-            if len(opening[0]) > 1:
-                last = text[opening.end() : mark.start()].strip()
-    if last is None:
-        forms = PAPERS_FORM.findall(text)
-        last = forms[-1].strip() if forms else None
-    return last
+    text = text[-TAIL:]
+    forms = PAPERS_FORM.findall(text)
+    box = last_box(text)
+    return box if box is not None or not forms else forms[-1].strip()
 
 
 def same_answer(prediction: str, gold: str) -> bool:

@@ -16,7 +16,6 @@ back to that.
 import json
 import os
 import platform
-import shutil
 import signal
 import subprocess
 from dataclasses import dataclass, field
@@ -25,7 +24,6 @@ from pathlib import Path
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from data import InputError, check_task
 
@@ -123,8 +121,8 @@ def check_settings(cfg) -> None:
     """Raise InputError for a setting that cannot work, before anything is written."""
     plan_of(cfg.stage)
     check_task(cfg.task)
-    positive = ("steps1", "steps2", "batch", "lr", "clip", "max_new_tokens", "micro_batch")
-    for name in (*positive, "save_every", "show_every", "problems"):
+    positive = ("steps1", "steps2", "batch", "lr", "clip", "max_new_tokens", "temperature")
+    for name in (*positive, "rows", "micro_tokens", "save_every", "show_every", "problems"):
         if not getattr(cfg, name) > 0:
             raise InputError(f"{as_flag(name)} {getattr(cfg, name)} must be positive")
     for name in ("alpha", "beta1", "beta2"):
@@ -138,6 +136,12 @@ def check_settings(cfg) -> None:
         raise InputError(f"--out {cfg.out} is not a folder: name another")
     if not 0 <= cfg.offline <= 1:
         raise InputError(f"--offline {cfg.offline} is a share of the problems: give 0 to 1")
+    if cfg.precision not in ("float32", "bfloat16"):
+        raise InputError(f"--precision {cfg.precision} is unknown: choose float32 or bfloat16")
+    if cfg.recompute not in (0, 1):
+        raise InputError(f"--recompute {cfg.recompute} must be 0 or 1")
+    if cfg.model == "builtin" and cfg.task != "sums":
+        raise InputError(f"--model builtin can only add: name a model for --task {cfg.task}")
 
 
 def settings_to_follow(folder: Path, typed: dict) -> dict:
@@ -174,8 +178,42 @@ def read_settings(folder: Path, typed: dict) -> dict:
     return settings
 
 
-def describe(settings: dict, earlier: dict) -> str:
-    """The text of config.json: all that is needed to do the run again, and the commands before."""
+def begin(typed: dict, configure) -> tuple:
+    """Settings, run, checkpoint to start from, and whether its base is the one in the folder.
+
+    A new run, or Stage II after a finished Stage I; configure makes settings of typed flags.
+    """
+    folder = Path(configure(typed).out)
+    followed = settings_to_follow(folder, typed)
+    cfg, run = configure({**followed, **typed}), Run(folder)
+    check_settings(cfg)
+    init = cfg.init
+    if followed:
+        run.lines = read_metrics(folder / "metrics.jsonl")
+        run.results = read_json(folder / RESULTS)
+        init = init or str(folder / "stage1")
+    elif plan_of(cfg.stage)[0][0] == 2 and not init:
+        raise InputError(
+            f"--stage 2 needs a Stage I, and --out {cfg.out} has none: run --stage 1 first, "
+            "or name a checkpoint with --init"
+        )
+    earlier = read_json(folder / "config.json").get("settings", {})
+    return cfg, run, init, bool(followed) or earlier.get("seed") == cfg.seed
+
+
+def resume(typed: dict, configure) -> tuple:
+    """Settings, run and state of the run in --out, as it was last saved."""
+    folder = Path(configure(typed).out)
+    cfg = configure({**read_settings(folder, typed), "out": str(folder)})
+    run, state = load_state(folder)
+    if state["stage"] != cfg.stage:
+        raise InputError(f"the run in {folder} was killed before --stage 2 began: type that again")
+    return cfg, run, state
+
+
+def write_config(run: Run, settings: dict) -> None:
+    """config.json: all that is needed to do the run again, and the commands before."""
+    earlier = read_json(run.folder / "config.json")
     here = Path(__file__).parent
     git = ["git", "-C", str(here), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
@@ -183,57 +221,10 @@ def describe(settings: dict, earlier: dict) -> str:
     versions |= {module.__name__: module.__version__ for module in (torch, transformers)}
     before = [*earlier.pop("earlier", []), earlier] if earlier else []
     record = {"settings": settings, "versions": versions, "commit": commit, "earlier": before}
-    return json.dumps(record, indent=2)
+    write_atomically(run.folder / "config.json", json.dumps(record, indent=2))
 
 
-# --- 2. Checkpoints and state ------------------------------------------------------------------
-
-
-def quiet_transformers() -> None:
-    """No bars and warnings between ours; what goes wrong is an exception all the same."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def load_checkpoint(name: str):
-    """Model (float32, eval mode) and tokenizer of a checkpoint folder or a hub name.
-
-    Models with an attention softcap (Gemma 2) get eager attention: sdpa may drop the softcap.
-    Dropout stays off in training too: it would make the scored policy another than the sampled.
-    """
-    quiet_transformers()
-    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
-        raise InputError(f"{name} is no checkpoint: the folder has no config.json")
-    try:
-        config = AutoConfig.from_pretrained(name)
-        attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=torch.float32,
-            attn_implementation=attention,
-            output_loading_info=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # whatever a damaged folder or an absent network raises
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"{name} is no checkpoint that can be loaded: {reason}") from error
-    if loading["missing_keys"] or loading["mismatched_keys"]:
-        raise InputError(f"{name} is no whole checkpoint: weights are missing")
-    return model.eval(), tokenizer
-
-
-def save_checkpoint(folder: Path, model, tokenizer) -> None:
-    """A plain save_pretrained folder; the one before is moved away when the new one is whole."""
-    quiet_transformers()
-    part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
-    for leftover in (part, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    if folder.exists():
-        folder.rename(old)
-    part.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+# --- 2. State ----------------------------------------------------------------------------------
 
 
 def save_state(run: Run, state: dict) -> None:

@@ -45,15 +45,18 @@ class Episode:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. Training uses temperature 1 and nothing else: on-policy means on-policy.
+    """How to sample: from the softmax of logits / temperature, greedily at temperature 0.
 
-    temperature 0 is greedy. The checkpoint's generation_config is never read.
+    There is no top-k, top-p or penalty, and the checkpoint's generation_config is never read:
+    on-policy means on-policy. rows: episodes decoded side by side; they bound the memory of the KV
+    cache, and change nothing else.
     """
 
     attempts: int = 2
     max_new_tokens: int = 10
     temperature: float = 1.0
     seed: str = "0"
+    rows: int = 500
 
 
 # --- 2. Rollout ------------------------------------------------------------------------------
@@ -68,12 +71,22 @@ def rollout(
     Attempt n + 1 is conditioned on the exact tokens of x1, y1 .. yn. `begun` holds episodes of the
     same problems with first attempts from another model; they are continued, and marked offline.
     """
-    if not problems:
-        return []
+    uniforms = draw_uniforms(problems, sampling)  # (B, attempts, max_new_tokens)
+    episodes = []
+    for start in range(0, len(problems), sampling.rows):
+        part = slice(start, start + sampling.rows)
+        drawn = uniforms[part].to(model.device)
+        episodes += rollout_rows(model, chat, problems[part], sampling, begun[part], drawn)
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()  # the KV cache is gone: training finds its memory free, and whole
+    return episodes
+
+
+def rollout_rows(model, chat: Chat, problems, sampling: Sampling, begun, uniforms):
+    """`rollout` of as many rows as are decoded side by side; uniforms (B, attempts, tokens)."""
     x1 = {problem.id: chat.x1(problem) for problem in problems}
     prompts = [x1[problem.id] for problem in problems]
     attempts = [list(episode.attempts) for episode in begun] or [[] for _ in problems]
-    uniforms = draw_uniforms(problems, sampling).to(model.device)  # (B, attempts, max_new_tokens)
     held = torch.ones(len(problems), 0, dtype=torch.long, device=model.device)
     parked = [(DynamicCache(), held, torch.arange(len(problems), device=model.device))]
     first = len(attempts[0])
@@ -180,7 +193,7 @@ def draw_uniforms(problems: list[Problem], sampling: Sampling) -> torch.Tensor:
         samples[problem.id] += 1
         generator = seeded(f"{sampling.seed}|{problem.id}|{samples[problem.id]}")
         rows.append(torch.rand(shape, generator=generator))
-    return torch.stack(rows)
+    return torch.stack(rows) if rows else torch.empty(0, *shape)
 
 
 def seeded(key: str) -> torch.Generator:
@@ -232,3 +245,37 @@ def join(parked: list) -> tuple[DynamicCache, torch.Tensor]:
         keys, values = [x.keys for x in layers], [x.values for x in layers]
         cache.update(fit(keys, 2), fit(values, 2), index)
     return cache, fit([held for _, held, _ in parked], 1)
+
+
+# --- 3. Transcripts, for training ---------------------------------------------------------------
+
+
+def transcript(episode: Episode, chat: Chat) -> list[tuple[int, int]]:
+    """(token, number of its attempt) of x1 y1 p1 y2; the number is 0 for tokens in no loss.
+
+    Those are prompts, instructions, a forced end token and a y1 that another policy sampled.
+    """
+    parts = segments(chat, episode.x1, episode.attempts)[:-1]  # no prompt after the last
+    own = {1: 0} if episode.offline else {}
+    return [(token, own.get(n, n)) for tokens, n in parts for token in tokens]
+
+
+def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Rows of similar lengths, longest first, in rectangles of at most `budget` tokens each."""
+    batches = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def collate(rows: list, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and attempt numbers of transcripts, padded on the right; (B, S) each.
+
+    Under causal attention nothing looks to the right, so the pads need no attention mask.
+    """
+    width = max(map(len, rows))
+    pairs = torch.tensor([row + [(0, 0)] * (width - len(row)) for row in rows], device=device)
+    return pairs[..., 0], pairs[..., 1]

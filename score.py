@@ -21,6 +21,7 @@ bonus. With α = 10, a right y1 would be paid r1 - α r1 = -9.
 
     python score.py                 base model, Stage I and Stage II on column addition, on a CPU
     python score.py --stage 1       only Stage I; then --stage 2 goes on from there
+    python score.py --task math     the paper's task: Gemma 2 2B on MATH, on one GPU of 80 GB
 
 Left out: a value model (siblings are the baseline), PPO's ratio and clipping (one update a batch,
 so the ratio is 1), dividing by length or by the spread of rewards (it would cancel α). The loss is
@@ -28,56 +29,74 @@ no learning curve: only its gradient means something. Read data, rewards, sample
 """
 
 import argparse
-import copy
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import models
 import runs
-from data import Chat, InputError, Problem, load_problems, read_chat
+from data import TASKS, Chat, InputError, Problem, load_problems, read_chat
 from eval import as_table, as_text, evaluate, measure, reject
 from runs import Progress, Run
-from sample import Episode, Sampling, askable, rollout, seeded, segments
-from sft import fit_builtin
+from sample import Episode, Sampling, askable, collate, micro_batches, rollout, seeded, transcript
 
 
-def flag(default, words: str):
-    return field(default=default, metadata={"help": words})
+def flag(default, words: str, **of_task):
+    """A setting: its default, what it is and where it comes from, and other tasks' defaults."""
+    return field(default=default, metadata={"help": words, **of_task})
 
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run. Defaults fit the built-in task; Table 8 is the paper's, for MATH."""
+    """All settings of a run. Defaults are the built-in task's, and behind each those of `math`."""
 
     stage: str = flag("1,2", "stages in order, such as 1 or 1,2,1,2")
-    model: str = flag("builtin", "base model: builtin, a checkpoint folder or a hub name")
+    model: str = flag(
+        "builtin", "base: builtin, a checkpoint folder or a hub name", math="google/gemma-2-2b-it"
+    )
     init: str = flag("", "checkpoint folder to start the policy from (default: base, or Stage I)")
-    task: str = flag("sums", "what to learn")
-    out: str = flag("runs/sums", "run folder")
+    task: str = flag("sums", "what to learn: sums or math")
+    data: str = flag("", "folder of MATH's JSONL files (default: from the Hugging Face hub)")
+    out: str = flag("runs/sums", "run folder", math="runs/math")
     seed: int = flag(0, "of base model, data order and sampling")
-    steps1: int = flag(300, "updates in Stage I; split NOT STATED (Table 8: 3000 in all)")
-    steps2: int = flag(50, "updates in Stage II")
-    batch: int = flag(256, "episodes per step, k per problem (Table 8: 512 of NOT STATED)")
-    k: int = flag(8, "samples per problem, at least 2; NOT STATED (RLOO's paper: 2 and 4)")
-    lr: float = flag(2.5e-4, "Adam's learning rate (Table 8: 5e-6; a small model takes more)")
-    alpha: float = flag(10.0, "weight of the bonus (Table 8: 10)")
-    beta1: float = flag(0.01, "weight of the ordinary KL (Table 8: 0.01)")
-    beta2: float = flag(0.1, "weight of Stage I's KL on attempt 1 (Table 8: 0.1)")
+    steps1: int = flag(300, "updates in Stage I; split NOT STATED, Table 8: 3000 in all", math=1500)
+    steps2: int = flag(50, "updates in Stage II", math=1500)
+    batch: int = flag(
+        256, "episodes per step, k per problem; Table 8: 512, of NOT STATED", math=512
+    )
+    k: int = flag(8, "samples per problem, at least 2; NOT STATED, RLOO's paper: 2 and 4", math=4)
+    lr: float = flag(2.5e-4, "Adam's rate; Table 8: 5e-6, a small model takes more", math=5e-6)
+    alpha: float = flag(10.0, "weight of the bonus; Table 8")
+    beta1: float = flag(0.01, "weight of the ordinary KL; Table 8")
+    beta2: float = flag(0.1, "weight of Stage I's KL on attempt 1; Table 8")
+    temperature: float = flag(1.0, "of the policy, sampled and scored alike; Table 8")
     offline: float = flag(0.0, "share of problems whose attempt 1 is the base's (section 5.3)")
     clip: float = flag(1.0, "largest gradient norm; NOT STATED, 1 is the custom")
-    max_new_tokens: int = flag(10, "of one attempt; NOT STATED; a sum needs 9")
-    micro_batch: int = flag(256, "episodes per forward pass; changes memory, not the result")
+    max_new_tokens: int = flag(10, "of one attempt; NOT STATED, a sum needs 9", math=1024)
+    precision: str = flag("float32", "of the policy; bfloat16 has float32 masters", math="bfloat16")
+    rows: int = flag(500, "episodes sampled side by side: memory, not the result", math=64)
+    micro_tokens: int = flag(16384, "tokens per forward pass: memory, not the result", math=8192)
+    recompute: int = flag(0, "1: compute activations again in backward, to hold fewer", math=1)
     save_every: int = flag(25, "steps between saves; the best of them is the stage's checkpoint")
     show_every: int = flag(25, "steps between transcripts in samples.txt")
-    problems: int = flag(2000, "held-out problems in the table at the end")
+    problems: int = flag(2000, "held-out problems in the table at the end", math=500)
     resume: bool = flag(False, "go on with the interrupted run in --out")
 
 
-# Shapes: B episodes (k samples of a problem adjacent), T attempt columns, V vocabulary.
+def configure(typed: dict) -> Config:
+    """The settings of a task, with those that were typed."""
+    of_task = {
+        f.name: f.metadata[typed["task"]] for f in fields(Config) if typed.get("task") in f.metadata
+    }
+    return Config(**{**of_task, **typed})
+
+
+# Shapes: B episodes (k samples of a problem adjacent), S tokens of a transcript, T = S - 1 that are
+# predicted from what is before them, N of all of them that are in a loss, V vocabulary.
 # --- 1. Rewards and bonus --------------------------------------------------------------------
 
 
@@ -101,6 +120,8 @@ def leave_one_out(r: torch.Tensor, k: int) -> torch.Tensor:
 
 
 # --- 3. Log-probs and KL ---------------------------------------------------------------------
+
+HEAD_NUMBERS = 2**27  # logits that are held at once; float32, so half a GB, and several of these
 
 
 @dataclass(frozen=True)
@@ -176,59 +197,64 @@ def stage2_objective(y1: Scored, y2: Scored, beta1: float, alpha: float) -> torc
 
 @dataclass
 class Learner:
-    """The policy that learns, the frozen reference, Adam, the prompts' ids and the settings."""
+    """The policy, its float32 masters, the frozen reference, Adam, prompts' ids and settings."""
 
     policy: torch.nn.Module
+    masters: list[torch.Tensor]
     ref: torch.nn.Module
     optimizer: torch.optim.Optimizer
     chat: Chat
     cfg: Config
 
 
-def collate(episodes: list[Episode], chat: Chat, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and the attempt each belongs to, 0 for those in no loss, padded right; (B, S) each.
-
-    In no loss are prompts, instructions, a forced end token and a y1 that another policy sampled.
-    Under causal attention nothing looks to the right, so the pads need no attention mask.
-    """
-    rows = []
-    for episode in episodes:
-        parts = segments(chat, episode.x1, episode.attempts)[:-1]  # no prompt after the last
-        own = {1: 0} if episode.offline else {}
-        rows.append([(token, own.get(n, n)) for tokens, n in parts for token in tokens])
-    width = max(map(len, rows))
-    pairs = torch.tensor([row + [(0, 0)] * (width - len(row)) for row in rows], device=device)
-    return pairs[..., 0], pairs[..., 1]
+def next_log_probs(model, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
+    """log π(· | all before) in float32, from last hidden states; (N, d) -> (N, V)."""
+    return (models.head(model, hidden) / temperature).log_softmax(dim=-1)
 
 
-def next_log_probs(model, tokens: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """float32 log-probs of the tokens at `columns` (T,) given all before them; (B, T, V)."""
-    logits = model(input_ids=tokens, use_cache=False, logits_to_keep=columns - 1).logits
-    return logits.float().log_softmax(dim=-1)
+def score_tokens(learner: Learner, hidden, ref_hidden, chosen: torch.Tensor):
+    """logp of the chosen tokens (N,) and the KL where they were chosen; (N,) each."""
+    temperature = learner.cfg.temperature
+    log_probs = next_log_probs(learner.policy, hidden, temperature)
+    with torch.no_grad():
+        ref_log_probs = next_log_probs(learner.ref, ref_hidden, temperature)
+    logp = log_probs.gather(1, chosen[:, None])[:, 0]
+    return logp, kl_divergence(log_probs, ref_log_probs)
 
 
 def score(learner: Learner, tokens: torch.Tensor, numbers: torch.Tensor):
-    """logp and kl (B, T), and the attempt number of each (B, T): one forward for both attempts."""
-    columns = (numbers > 0).any(dim=0).nonzero()[:, 0]  # (T,)
-    log_probs = next_log_probs(learner.policy, tokens, columns)  # (B, T, V)
+    """logp, kl (0 outside attempts) and attempt number of each token, in one forward; (B, T) each.
+
+    The vocabulary is spread out for attempt tokens only, a chunk at a time, and again in backward.
+    """
+    own, chosen = numbers[:, 1:], tokens[:, 1:]  # (B, T)
+    counts = own > 0
+    hidden = models.last_hidden(learner.policy, tokens)[:, :-1][counts]  # (N, d)
     with torch.no_grad():
-        ref_log_probs = next_log_probs(learner.ref, tokens, columns)
-    logp = log_probs.gather(2, tokens[:, columns, None])[..., 0]
-    return logp, kl_divergence(log_probs, ref_log_probs), numbers[:, columns]
+        ref_hidden = models.last_hidden(learner.ref, tokens)[:, :-1][counts]
+    size = max(1, HEAD_NUMBERS // learner.policy.config.vocab_size)
+    chunks = zip(
+        hidden.split(size), ref_hidden.split(size), chosen[counts].split(size), strict=True
+    )
+    scores = [checkpoint(score_tokens, learner, *chunk, use_reentrant=False) for chunk in chunks]
+    logp, kl = (torch.cat(parts) for parts in zip(*scores, strict=True))  # (N,)
+    empty = torch.zeros(counts.shape, device=tokens.device)
+    return empty.masked_scatter(counts, logp), empty.masked_scatter(counts, kl), own
 
 
 def update(learner: Learner, episodes: list[Episode], stage: int) -> dict[str, float]:
     """One Adam step on a batch of fresh episodes; returns KL, gradient norm and on-policy gap."""
-    cfg, device = learner.cfg, learner.policy.device
-    tokens, numbers = collate(episodes, learner.chat, device)  # (B, S)
+    cfg, policy, device = learner.cfg, learner.policy, learner.policy.device
+    rows = [transcript(episode, learner.chat) for episode in episodes]
     r = torch.tensor([[y.reward for y in episode.attempts] for episode in episodes], device=device)
     siblings = torch.stack([leave_one_out(column, cfg.k) for column in r.unbind(dim=1)], dim=1)
-    learner.optimizer.zero_grad()
-    kls, logps = [], []
-    for rows in torch.arange(len(episodes), device=device).split(cfg.micro_batch):
-        logp, kl, own = score(learner, tokens[rows], numbers[rows])
+    sampled = torch.tensor([sum(episode.attempts[1].logp) for episode in episodes], device=device)
+    kls, gaps = [], []
+    policy.train(bool(cfg.recompute))  # recomputes in training mode only; there is no dropout
+    for batch in micro_batches([len(row) for row in rows], cfg.micro_tokens):
+        logp, kl, own = score(learner, *collate([rows[i] for i in batch], device))
         y1, y2 = (
-            Scored(r[rows, i], siblings[rows, i], logp * (own == i + 1), kl * (own == i + 1))
+            Scored(r[batch, i], siblings[batch, i], logp * (own == i + 1), kl * (own == i + 1))
             for i in range(2)
         )
         if stage == 1:
@@ -238,12 +264,14 @@ def update(learner: Learner, episodes: list[Episode], stage: int) -> dict[str, f
         loss = -objective.sum() / len(episodes)
         loss.backward()
         kls.append(torch.stack([y1.kl.sum(dim=1), y2.kl.sum(dim=1)]).detach())  # (2, B)
-        logps.append(y2.logp.detach().sum(dim=1))  # (B,)
-    norm = torch.nn.utils.clip_grad_norm_(learner.policy.parameters(), cfg.clip)
+        gaps.append((y2.logp.detach().sum(dim=1) - sampled[batch]).abs().max())
+    policy.eval()
+    norm = torch.nn.utils.clip_grad_norm_(learner.masters, cfg.clip)
     learner.optimizer.step()
+    learner.optimizer.zero_grad()  # sampling needs the memory
+    models.round_into(policy, learner.masters)
     kl_t1, kl_t2 = torch.cat(kls, dim=1).mean(dim=1).tolist()
-    sampled = torch.tensor([sum(episode.attempts[1].logp) for episode in episodes], device=device)
-    gap = (torch.cat(logps) - sampled).abs().max().item()
+    gap = torch.stack(gaps).max().item()
     return {"kl_t1": kl_t1, "kl_t2": kl_t2, "grad_norm": norm.item(), "on_policy_gap": gap}
 
 
@@ -254,7 +282,8 @@ def train(learner: Learner, run: Run, progress: Progress) -> None:
     """Go through the stages from where `progress` stands; returns early if a signal came."""
     cfg, plan = learner.cfg, runs.plan_of(learner.cfg.stage)
     sampling = Sampling(2, cfg.max_new_tokens)
-    problems = askable(load_problems(cfg.task, "train"), learner.policy, learner.chat, sampling)
+    known = load_problems(cfg.task, "train", folder=cfg.data)
+    problems = askable(known, learner.policy, learner.chat, sampling)
     while progress.index < len(plan):
         stage, name = plan[progress.index]
         steps = cfg.steps1 if stage == 1 else cfg.steps2
@@ -301,9 +330,9 @@ def pick(problems: list[Problem], count: int, number: int, seed: int) -> list[Pr
 
 
 def sample(learner: Learner, problems: list[Problem], seed: str) -> list[Episode]:
-    """Fresh episodes of the policy, at temperature 1; a share begins with the base's attempt 1."""
+    """Fresh episodes of the policy; a share begins with the base's attempt 1."""
     cfg, chat = learner.cfg, learner.chat
-    sampling = Sampling(2, cfg.max_new_tokens, temperature=1.0, seed=seed)
+    sampling = Sampling(2, cfg.max_new_tokens, cfg.temperature, seed, cfg.rows)
     split = round(cfg.offline * len(problems) / cfg.k) * cfg.k
     begun = rollout(learner.ref, chat, problems[:split], replace(sampling, attempts=1))
     continued = rollout(learner.policy, chat, problems[:split], sampling, begun)
@@ -319,14 +348,15 @@ def keep_best(learner: Learner, run: Run, progress: Progress, name: str) -> None
     reward = sum(line["acc_t2"] for line in run.lines[-since:]) / since
     if reward >= progress.best:
         progress.best = reward
-        runs.save_checkpoint(run.folder / name, learner.policy, learner.chat.tokenizer)
+        models.save_checkpoint(run.folder / name, learner.policy, learner.chat.tokenizer)
 
 
 def finish_stage(learner: Learner, run: Run, progress: Progress, name: str) -> None:
     """Go back to the stage's best checkpoint, evaluate it, and let the next stage begin from it."""
-    best, _ = runs.load_checkpoint(str(run.folder / name))
+    best, _ = models.load_checkpoint(str(run.folder / name), learner.cfg.precision)
     learner.policy.load_state_dict(best.state_dict())
-    learner.optimizer = adam(learner.policy, learner.cfg)
+    models.take_over(learner.masters, learner.policy)
+    learner.optimizer = adam(learner.masters, learner.cfg)
     run.write_results(name, held_out(learner.policy, learner.chat, learner.cfg, temperature=0.0))
     progress.index, progress.step, progress.best = progress.index + 1, 0, -1.0
     save(learner, run, progress)
@@ -335,78 +365,51 @@ def finish_stage(learner: Learner, run: Run, progress: Progress, name: str) -> N
 # --- 7. Begin, resume, main ------------------------------------------------------------------
 
 
-def adam(policy, cfg: Config) -> torch.optim.Adam:
-    return torch.optim.Adam(policy.parameters(), lr=cfg.lr)
+def adam(masters: list[torch.Tensor], cfg: Config) -> torch.optim.Adam:
+    return torch.optim.Adam(masters, lr=cfg.lr, fused=masters[0].is_cuda)
 
 
 def held_out(model, chat: Chat, cfg: Config, temperature: float) -> dict[str, float]:
-    sampling = Sampling(2, cfg.max_new_tokens, temperature, seed="held out")
-    return evaluate(model, chat, load_problems(cfg.task, "test", cfg.problems), sampling)[1]
+    sampling = Sampling(2, cfg.max_new_tokens, temperature, "held out", cfg.rows)
+    problems = load_problems(cfg.task, "test", cfg.problems, cfg.data)
+    return evaluate(model, chat, problems, sampling)[1]
 
 
 def save(learner: Learner, run: Run, progress: Progress) -> None:
-    weights = {"policy": learner.policy.state_dict(), "optimizer": learner.optimizer.state_dict()}
+    weights = {"masters": learner.masters, "optimizer": learner.optimizer.state_dict()}
     runs.save_state(run, {**weights, "progress": asdict(progress), "stage": learner.cfg.stage})
 
 
 def begin(typed: dict) -> tuple[Learner, Run, Progress]:
     """A new run, or Stage II after a finished Stage I with its settings; nothing is overwritten."""
-    folder = Path(typed.get("out", Config.out))
-    followed = runs.settings_to_follow(folder, typed)
-    cfg, run, init = Config(**{**followed, **typed}), Run(folder), typed.get("init", "")
-    runs.check_settings(cfg)
-    record = runs.read_json(folder / "config.json")
-    if followed:
-        run.lines = runs.read_metrics(folder / "metrics.jsonl")
-        run.results = runs.read_json(folder / "results.json")
-        init = init or str(folder / "stage1")
-    elif runs.plan_of(cfg.stage)[0][0] == 2 and not init:
-        raise InputError(
-            f"--stage 2 needs a Stage I, and --out {cfg.out} has none: run --stage 1 first, "
-            "or name a checkpoint with --init"
-        )
-    policy = runs.load_checkpoint(init)[0] if init else None
-    same_base = bool(followed) or record.get("settings", {}).get("seed") == cfg.seed
-    learner = build(cfg, policy, same_base)
+    cfg, run, init, same_base = runs.begin(typed, configure)
+    learner = build(cfg, init, same_base)
     if not run.results:
         for name, temperature in (("base", 0.0), ("base, sampled", 1.0)):
             run.write_results(name, held_out(learner.ref, learner.chat, cfg, temperature))
     save(learner, run, Progress())
-    runs.write_atomically(folder / "config.json", runs.describe(asdict(cfg), record))
+    runs.write_config(run, asdict(cfg))
     return learner, run, Progress()
 
 
 def resume(typed: dict) -> tuple[Learner, Run, Progress]:
     """The run in --out as it was last saved; its own settings hold, so no other flag may differ."""
-    folder = Path(typed.get("out", Config.out))
-    cfg = Config(**{**runs.read_settings(folder, typed), "out": str(folder)})
-    run, state = runs.load_state(folder)
-    if state["stage"] != cfg.stage:
-        raise InputError(f"the run in {folder} was killed before --stage 2 began: type that again")
-    learner = build(cfg, None, same_base=True)
-    learner.policy.load_state_dict(state["policy"])
+    cfg, run, state = runs.resume(typed, configure)
+    learner = build(cfg, "", same_base=True)
+    for master, saved in zip(learner.masters, state["masters"], strict=True):
+        master.data.copy_(saved)
+    models.round_into(learner.policy, learner.masters)
     learner.optimizer.load_state_dict(state["optimizer"])
     return learner, run, Progress(**state["progress"])
 
 
-def build(cfg: Config, policy, same_base: bool) -> Learner:
-    """Load (or fit) the base model as reference, and the policy, which begins as its copy."""
-    base = Path(cfg.out) / "base"
-    if cfg.model != "builtin":
-        ref, tokenizer = runs.load_checkpoint(cfg.model)
-    elif same_base and base.exists():
-        ref, tokenizer = runs.load_checkpoint(str(base))
-    else:
-        ref, tokenizer = fit_builtin(cfg.seed)
-        runs.save_checkpoint(base, ref, tokenizer)
-    shapes = [[p.shape for p in model.parameters()] for model in (policy or ref, ref)]
-    if shapes[0] != shapes[1]:
-        raise InputError(f"--init {cfg.init} has another architecture than the base {cfg.model}")
+def build(cfg: Config, init: str, same_base: bool) -> Learner:
+    """The frozen base model as reference, and the policy, which begins as `init` or as its copy."""
+    load_problems(cfg.task, "train", folder=cfg.data)  # if there are none, that is said first
+    policy, ref, tokenizer = models.load_pair(cfg, init, same_base)
     chat = read_chat(tokenizer, ref, cfg.task)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    ref = ref.to(device).eval().requires_grad_(False)
-    policy = (policy or copy.deepcopy(ref)).to(device).eval().requires_grad_(True)
-    return Learner(policy, ref, adam(policy, cfg), chat, cfg)
+    masters = models.make_masters(policy)
+    return Learner(policy, masters, ref, adam(masters, cfg), chat, cfg)
 
 
 def parse_flags(argv: list[str] | None) -> dict:
@@ -414,7 +417,8 @@ def parse_flags(argv: list[str] | None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.error = reject
     for item in fields(Config):
-        words = f"{item.metadata['help']} (default: {item.default})".replace("%", "%%")
+        of_task = "".join(f", {t}: {item.metadata[t]}" for t in TASKS if t in item.metadata)
+        words = f"{item.metadata['help']} (default: {item.default}{of_task})".replace("%", "%%")
         kind = {"action": "store_true"} if item.default is False else {"type": type(item.default)}
         parser.add_argument(runs.as_flag(item.name), default=argparse.SUPPRESS, help=words, **kind)
     return vars(parser.parse_args(argv))

@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 os.environ["HF_HUB_OFFLINE"] = "1"  # a missing model is missing at once
 
 from data import load_problems, read_chat
-from runs import save_checkpoint
+from models import save_checkpoint
 from sft import builtin_model, builtin_tokenizer
 
 

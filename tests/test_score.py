@@ -9,14 +9,14 @@ import torch
 from conftest import make_model
 
 import score
-from sample import Attempt, Sampling, rollout
+from models import make_masters
+from sample import Attempt, Sampling, collate, rollout, transcript
 from score import (
     Config,
     Learner,
     Scored,
     adam,
     bonus,
-    collate,
     kl_divergence,
     leave_one_out,
     stage1_objective,
@@ -209,7 +209,16 @@ def test_the_baseline_is_the_mean_of_the_siblings_without_the_own_sample():
 @pytest.fixture
 def learner(model, chat):
     ref = copy.deepcopy(model).requires_grad_(False)
-    return Learner(model, ref, adam(model, Config()), chat, Config(k=4, batch=20, micro_batch=20))
+    return make_learner(model, ref, chat, Config(k=4, batch=20))
+
+
+def make_learner(policy, ref, chat, cfg):
+    masters = make_masters(policy)
+    return Learner(policy, masters, ref, adam(masters, cfg), chat, cfg)
+
+
+def collated(learner, episodes):
+    return collate([transcript(episode, learner.chat) for episode in episodes], "cpu")
 
 
 @pytest.fixture
@@ -227,11 +236,18 @@ def with_rewards(episode, rewards):
 
 def gradient(learner, episodes, stage, **settings):
     """The gradient that `update` would follow, by parameter; the policy stays as it is."""
-    policy = copy.deepcopy(learner.policy)
-    still = torch.optim.SGD(policy.parameters(), lr=0.0)
     cfg = replace(learner.cfg, clip=1e9, **settings)
-    metrics = update(Learner(policy, learner.ref, still, learner.chat, cfg), episodes, stage)
-    return [p.grad.clone() for p in policy.parameters()], metrics
+    twin = make_learner(copy.deepcopy(learner.policy), learner.ref, learner.chat, cfg)
+    twin.optimizer = Recorder(twin.masters)
+    metrics = update(twin, episodes, stage)
+    return twin.optimizer.gradient, metrics
+
+
+class Recorder(torch.optim.SGD):
+    """An optimizer that keeps the gradient and leaves the weights alone."""
+
+    def step(self):
+        self.gradient = [p.grad.clone() for p in self.param_groups[0]["params"]]
 
 
 def assert_same(one, two):
@@ -242,8 +258,7 @@ def assert_same(one, two):
 
 
 def test_sampled_log_probs_equal_the_scored_ones_for_both_attempts(learner, episodes):
-    tokens, numbers = collate(episodes, learner.chat, "cpu")
-    logp, _, own = score.score(learner, tokens, numbers)
+    logp, _, own = score.score(learner, *collated(learner, episodes))
     lengths = {len(y.tokens) for e in episodes for y in e.attempts}
     assert len(lengths) > 3 and any(not y.finished for e in episodes for y in e.attempts)
     for row, episode in enumerate(episodes):
@@ -253,17 +268,16 @@ def test_sampled_log_probs_equal_the_scored_ones_for_both_attempts(learner, epis
 
 
 def test_the_kl_is_zero_on_every_token_while_the_policy_is_the_reference(learner, episodes):
-    _, kl, _ = score.score(learner, *collate(episodes, learner.chat, "cpu"))
+    _, kl, _ = score.score(learner, *collated(learner, episodes))
     assert kl.abs().max() == 0
 
 
-def test_log_probs_at_attempt_columns_equal_the_full_ones_with_both_softcaps(learner, episodes):
-    tokens, numbers = collate(episodes, learner.chat, "cpu")
-    columns = (numbers > 0).any(dim=0).nonzero()[:, 0]
+def test_log_probs_of_attempt_tokens_equal_the_full_ones_with_both_softcaps(learner, episodes):
+    tokens, numbers = collated(learner, episodes)
+    logp, _, own = score.score(learner, tokens, numbers)
     full = learner.policy(input_ids=tokens, use_cache=False).logits.log_softmax(-1)
-    torch.testing.assert_close(
-        score.next_log_probs(learner.policy, tokens, columns), full[:, columns - 1]
-    )
+    by_hand = full[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
+    torch.testing.assert_close(logp, by_hand * (own > 0))
     assert learner.policy.config.final_logit_softcapping == 30.0
     for layer in learner.policy.model.layers:
         layer.self_attn.attn_logit_softcapping = None
@@ -275,14 +289,14 @@ def test_log_probs_at_attempt_columns_equal_the_full_ones_with_both_softcaps(lea
 def test_micro_batches_give_the_gradient_of_the_whole_batch(learner, episodes, stage):
     learner.policy = make_model(seed=5)
     whole, _ = gradient(learner, episodes, stage)
-    for size in (3, 8):
-        assert_same(gradient(learner, episodes, stage, micro_batch=size)[0], whole)
+    for budget in (200, 500):
+        assert_same(gradient(learner, episodes, stage, micro_tokens=budget)[0], whole)
 
 
 def test_rows_padded_together_learn_as_rows_alone(learner, episodes):
     learner.policy = make_model(seed=5)
     together, _ = gradient(learner, episodes, 2)
-    alone, _ = gradient(learner, episodes, 2, micro_batch=1)
+    alone, _ = gradient(learner, episodes, 2, micro_tokens=1)
     assert_same(alone, together)
 
 
@@ -300,8 +314,8 @@ def test_beta2_pulls_attempt_1_back_to_the_reference(learner, problems):
     learner.ref = copy.deepcopy(learner.policy)
     for p in learner.policy.parameters():
         p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
-    learner.optimizer = adam(learner.policy, Config(lr=1e-3))
-    learner.cfg = replace(learner.cfg, beta1=0.0, beta2=1.0)
+    cfg = replace(learner.cfg, beta1=0.0, beta2=1.0, lr=1e-3)
+    learner = make_learner(learner.policy, learner.ref, learner.chat, cfg)
     kls = []
     for seed in range(12):
         fresh = score.sample(learner, [p for p in problems for _ in range(4)], str(seed))
@@ -318,7 +332,7 @@ def test_an_offline_attempt_1_is_in_no_loss_but_its_reward_is_in_the_bonus(learn
     assert [e.offline for e in made] == [True] * 12 + [False] * 8
     online = rollout(learner.ref, learner.chat, [made[0].problem], Sampling(1, seed="0"))
     assert online[0].attempts[0].tokens == made[0].attempts[0].tokens  # the base's own
-    _, numbers = collate(made, learner.chat, "cpu")
+    _, numbers = collated(learner, made)
     assert [bool((row == 1).any()) for row in numbers] == [False] * 12 + [True] * 8
     assert all((row == 2).any() for row in numbers)
     r1, r2 = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])
@@ -347,7 +361,7 @@ def test_the_end_token_is_in_the_loss_and_everything_else_after_it_is_not(chat, 
     for y1, y2 in itertools.product((cut, ended, empty), repeat=2):
         episode = score.Episode(problems[0], x1, (y1, y2))
         longer = score.Episode(problems[0], x1 + x1, (cut, cut))  # makes the other be padded
-        tokens, numbers = collate([episode, longer], chat, "cpu")
+        tokens, numbers = collate([transcript(episode, chat), transcript(longer, chat)], "cpu")
         assert tokens[0][numbers[0] == 1].tolist() == y1.tokens
         assert tokens[0][numbers[0] == 2].tolist() == y2.tokens
         forced = [close] if y1 is cut else []
