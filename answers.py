@@ -37,7 +37,7 @@ from expressions import (
 NESTED, LISTED = 20, 64  # brackets within brackets, items of a list
 
 # --- 1. One spelling --------------------------------------------------------------------------
-# Words become «words», "and" a comma, "or" ∨, the end of a matrix row ¶, the braces of a set ⦃ ⦄.
+# Words become «words», "and" a comma, "or" ∨, the end of a matrix row ¶, \setminus ∖, \{ \} ⦃ ⦄.
 
 END = r"(?![a-zA-Z])"  # of a command
 RAISED, LOWERED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹]+"), str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
@@ -54,12 +54,15 @@ UNICODE = str.maketrans(
 SPELLINGS = [
     (re.compile(pattern.replace("END", END), re.DOTALL), new)
     for pattern, new in (
-        (r"[«»¶∨⦃⦄]", r"\\unknown "),  # these are ours alone
+        (r"[«»¶∨⦃⦄∖]", r"\\unknown "),  # these are ours alone
         (r"(?:√|(?<![\\a-zA-Z])sqrt)\s*(\d+)", r"\\sqrt{\1}"),
         (r"√", r"\\sqrt "),
         (r"\\\\(?:\[[^]]*\])?", "¶"),
         (r"\\(?:left|right|[bB]igg?[lrm]?)END\s*\.?", ""),
-        (r"\\(?:displaystyle|textstyle|limits|phantom|cr|angle|triangle)END", ""),
+        (r"\\(?:displaystyle|textstyle|limits|cr|angle|triangle)END", ""),
+        (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|[^\s{])", ""),
+        (r"\\langleEND", "("),
+        (r"\\rangleEND", ")"),
         # Digits in threes: 1{,}000  1,\!000  1\,000; plain 1,000 is seen to in `thousands`.
         (r"(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!|\\?,\\[,:; ]|\\,(?=\d{3}\b))\s*(?=\d{3})", ""),
         (r"\\[!,:;> ]|\\q?quadEND|~|\\(?=\n)|\{\s*\}", " "),
@@ -75,10 +78,13 @@ SPELLINGS = [
         (r"\\[lc]?dotsEND|\.\.\.|…", "«dots»"),
         (r"\\(?:mathbb|mathbf|Bbb)\s*\{?R\}?", "«all real numbers»"),
         (r"\\(?:mathbf|mathit|boldsymbol|bm|mathsf|mathcal|vec|hat|overrightarrow)END", ""),
+        (r"(?<![A-Za-z_^}])\{([A-Za-z])\}(?=\s*=)", r"\1"),  # \mathbf{M} =
         (r"\\(?:overline|bar)(?=\s*\{\s*[A-Za-z])", ""),
         (r"\\(?:varnothing|emptyset)END|⦃\s*⦄", "«empty set»"),
         (r"⦃\s*[a-z]\s*(?:\\inEND\s*«all real numbers»)?\s*(?:\||:|\\midEND)([^⦃⦄]*)⦄", r"\1"),
         (r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup "),
+        (r"\\(?:setminus|backslash)END|(?<=numbers»)\s*[-\\]\s*(?=⦃)", "∖"),
+        (r"(?<=\d)\s*([aApP])\.\s*[mM]\b\.?", r" \1m"),
         (r"\\(?:leq|leqslant|le)END|<=", r"≤"),
         (r"\\(?:geq|geqslant|ge)END|>=", r"≥"),
         (r"\\neq?END|!=|\\not\s*=", r"≠"),
@@ -185,7 +191,7 @@ class Answer:
 OPENING, CLOSING = "([{⦃", ")]}⦄"
 RELATION = re.compile(r"[=<>≤≥≠≈]")
 VARIABLE = re.compile(
-    r"\s*((?:\\[a-zA-Z]+|[A-Za-z])(?:_\w|_\{\w+\})?)(?:\^\{-1\})?\s*(\(\s*[A-Za-z]\s*\))?\s*"
+    r"\s*((?:\\[a-zA-Z]+|[A-Z]{2,3}|[A-Za-z])(?:_\w|_\{\w+\})?)(?:\^\{-1\})?\s*(\(\s*[A-Za-z]\s*\))?\s*"
 )
 MEMBER = re.compile(r"([^=<>]*)\\in(?![a-zA-Z])")
 MATRIX = re.compile(
@@ -193,8 +199,10 @@ MATRIX = re.compile(
     re.DOTALL,
 )
 BASE = re.compile(
-    r"[({«\s]*(-?(?:[0-9A-Z.]*\d[0-9A-Z]*|[A-Z]+))[»\s)}]*_\s*\{?\s*[«(]?(\w+)[»)]?\s*\}?", re.ASCII
-)
+    r"[({]*(-?(?:[0-9A-Z.]*\d[0-9A-Z]*|[A-Z]+))[)}]*_\{?\(?(\w+)\)?\}?", re.ASCII
+)  # without spaces and « »
+POINT = re.compile(r"\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\)")
+CLOCK = re.compile(r"\d{1,2}(?:\s*:\s*\d\d){1,2}")
 WITH_UNIT = re.compile(
     r"(.*?[^«»\s])\s*((?:/?\s*«[^»]*»\s*(?:\^\s*\{?\s*\d\s*\}?)?\s*)+)", re.DOTALL
 )
@@ -216,8 +224,9 @@ def read(text: str, depth: int = 0) -> Answer:
 def as_list(items: list[Answer], either: bool) -> Answer:
     """Answers without order; inequalities joined by "or" are one set of numbers."""
     names = {item.name for item in items}
-    if either and len(names) == 1 and all(item.kind == "reals" for item in items):
-        return replace(items[0], parts=tuple(part for item in items for part in item.parts))
+    kinds = {item.kind for item in items}
+    if either and len(names) == 1 and "reals" in kinds <= {"reals", "value"}:
+        return Answer("reals", tuple(i for item in items for i in intervals(item)), names.pop())
     names -= {""}
     if len(names) == 1:  # x = 2 or x = 3 is a list of two values
         items = [replace(item, name="") for item in items]
@@ -256,20 +265,24 @@ def read_item(text: str, depth: int) -> Answer:
         return Answer("value", (-math.inf if found[1] == "-" else math.inf,))
     if len(parts := split(re.sub(r"\\cup(?![a-zA-Z])", "∪", text), "∪")) > 1:
         return Answer("reals", tuple(i for part in parts for i in intervals(read(part, depth))))
+    if len(parts := split(text, "∖")) == 2:
+        return Answer("reals", without(*(intervals(read(part, depth)) for part in parts)))
     if found := MATRIX.fullmatch(text):
         return read_matrix(*found.group(1, 3))
     if RELATION.search(text):
         return read_relation(text, depth)
     if text[0] in OPENING and closes(text) == len(text) - 1:
         return read_bracketed(text, depth)
-    if (found := BASE.fullmatch(text)) and (based := read_base(*found.groups())):
+    found = BASE.fullmatch(re.sub(r"[«»\s]", "", text)) if "_" in text else None
+    if found and (based := read_base(*found.groups())):
         return based
     if re.fullmatch(r"[A-Za-z]+", text):
         return read_letters(text)
     if "«" in text:
         return read_words(text, depth)
     if len(parts := split(text, ":")) > 1:
-        return Answer("ratio", tuple(constant(part) for part in parts))
+        marks = ":" if CLOCK.fullmatch(text) else ""
+        return Answer("ratio", tuple(constant(part) for part in parts), marks=marks)
     return read_number(text.replace(",", "") if thousands(text) else text)
 
 
@@ -302,6 +315,8 @@ def read_bracketed(text: str, depth: int) -> Answer:
     marks, inner = text[0] + text[-1], text[1:-1]
     parts = split(inner, ",;")
     if len(parts) == 1 or marks in ("{}", "⦃⦄"):
+        if marks == "⦃⦄" and (inner.strip()[:1] == "⦃" or "«empty set»" in inner):
+            raise Unreadable("a set of sets")
         return read(inner, depth)
     items = tuple(read(part, depth) for part in parts)
     if any(item.kind == "list" for item in items) or marks not in ("()", "[]", "(]", "[)"):
@@ -419,6 +434,8 @@ def read_equation(sides: list[str], depth: int) -> Answer:
     """x = 5 is the value 5 by the name of x; x + y = 5 is an equation; 2/4 = 1/2 is one value."""
     if len(sides) == 2 and VARIABLE.fullmatch(sides[1]) and not VARIABLE.fullmatch(sides[0]):
         sides = sides[::-1]
+    if len(sides) == 2 and POINT.fullmatch(sides[0]):
+        return replace(read(sides[1], depth), name=re.sub(r"\s", "", sides[0]))
     named = VARIABLE.fullmatch(sides[0])
     if len(sides) == 2 and not (named and named[1] not in variables(sides[1])):
         return Answer("equation", difference(*sides))
@@ -455,12 +472,11 @@ def read_inequality(sides: list[str], signs: list[str]) -> Answer:
     others = [side for at, side in enumerate(sides) if at not in names]
     if len(names) == 1 and not any(variables(side) for side in others):
         return read_bounds(sides, signs, names[0])
-    if len(sides) != 2:
-        raise Unreadable("a chain of inequalities without a name in it")
-    sign = signs[0]
-    if sign in "<≤":
-        sides, sign = sides[::-1], FLIPPED[sign]
-    return Answer("inequality", difference(*sides), marks=sign)
+    if signs[-1] in "<≤":
+        sides, signs = sides[::-1], [FLIPPED[sign] for sign in reversed(signs)]
+    links = zip(signs, pairwise(sides), strict=True)
+    chain = tuple(Answer("inequality", difference(*pair), marks=sign) for sign, pair in links)
+    return chain[0] if len(chain) == 1 else Answer("tuple", chain)
 
 
 def read_bounds(sides: list[str], signs: list[str], named: int) -> Answer:
@@ -494,6 +510,22 @@ def intervals(answer: Answer) -> tuple[tuple, ...]:
     if all(point.kind == "value" and len(point.parts) == 1 for point in points):
         return tuple((point.parts[0], True, point.parts[0], True) for point in points)
     raise Unreadable("no set of real numbers")
+
+
+def without(parts: tuple, points: tuple) -> tuple:
+    """Intervals less single points."""
+    for point, _, end, _ in points:
+        if point != end:
+            raise Unreadable("less an interval")
+        cut = []
+        for low, has_low, high, has_high in parts:
+            if before(low, point) and before(point, high):
+                cut += [(low, has_low, point, False), (point, False, high, has_high)]
+            else:
+                ends = (has_low and not alike(low, point), has_high and not alike(high, point))
+                cut.append((low, ends[0], high, ends[1]))
+        parts = tuple(cut)
+    return parts
 
 
 def before(x, y) -> bool:
@@ -607,6 +639,12 @@ def proportional(one: tuple, two: tuple) -> bool:
     )
 
 
+def same_ratio(one: Answer, two: Answer) -> bool:
+    if one.marks and two.marks:  # times of day: 3:08 is not 9:24
+        return one.parts == two.parts
+    return proportional(one.parts, two.parts)
+
+
 def same_inequality(one: Answer, two: Answer) -> bool:
     factor = divide(one.parts[0], two.parts[0])
     kept = one.marks == "≠" or (is_real(factor) and below(-factor, factor))  # the sign, by ×factor
@@ -618,6 +656,6 @@ COMPARISONS = {
     "tuple": same_tuple,
     "matrix": same_matrix,
     "base": lambda one, two: one.parts == two.parts,
-    "ratio": lambda one, two: proportional(one.parts, two.parts),
+    "ratio": same_ratio,
     "inequality": same_inequality,
 }

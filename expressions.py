@@ -196,6 +196,7 @@ LITERALS = re.compile(
 )
 SUBSCRIPT = re.compile(r"_(?:\{\s*(\w+)\s*\}|(\w))", re.ASCII)
 DIGITS = r"\s*(?:\{\s*(\d+)\s*\}|(\d))"
+CONSTANT_ARGUMENT = re.compile(r"\(\s*-?(?:\d+|[a-z])\s*\)")
 MIXED = re.compile(rf"\s*\\frac{DIGITS}{DIGITS}|\s+(\d+)/(\d+)", re.ASCII)
 DEGREE = re.compile(r"\^\s*\{\s*\\circ\s*\}|\^?\s*\\(?:circ|degree)(?![A-Za-z])|\\?%")
 PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
@@ -412,6 +413,8 @@ class Reader:
             name += "_" + (subscript[1] or subscript[2])
         elif name == "i":
             return MP.mpc(0, 1)
+        elif name in "fgh" and (argument := self.take(CONSTANT_ARGUMENT)):
+            name += argument[0]  # f(2) is a number of its own
         elif name == "e":
             return settle(MP.mpc(MP.e))
         self.names.add(name)

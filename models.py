@@ -105,8 +105,18 @@ def load_pair(cfg, init: str, same_base: bool):
     check_head(ref)
     policy = (policy or copy.deepcopy(ref)).to(device).eval().requires_grad_(True)
     if cfg.recompute:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(policy)
     return policy, ref, tokenizer
+
+
+def recompute_activations(policy) -> None:
+    """In training mode, hold each layer's input only, and run the layer again in backward."""
+    name = "activation_checkpointing_enable"  # since transformers 5.23
+    enable = getattr(policy, name, None) or policy.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise InputError(f"--recompute 1 is not known to {policy.name_or_path}: give 0") from error
 
 
 # --- 2. Body and head ------------------------------------------------------------------------

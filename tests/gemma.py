@@ -1,0 +1,95 @@
+"""A small Gemma 2 that has the real one's special tokens, ids and chat layout, made on the spot."""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers import models as tokenizer_models
+from tokenizers.trainers import BpeTrainer
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+
+from data import MATH_CORRECTION, MATH_PROMPT, load_problems, read_chat
+from models import save_checkpoint
+from sft import negative_log_likelihood
+
+FILES = Path(__file__).parent / "math"
+TURNS = ["<start_of_turn>", "<end_of_turn>"]  # 106 and 107
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<unused{i}>" for i in range(102)), *TURNS]
+# No system role, contents trimmed, one BOS, "model" for the assistant, <end_of_turn> closes a turn.
+TEMPLATE = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}"
+    "{% endif %}{% for message in messages %}"
+    "{% set role = 'model' if message.role == 'assistant' else message.role %}"
+    "{{ '<start_of_turn>' + role + '\n' + message.content | trim + '<end_of_turn>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+
+def gemma_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-fallback BPE like Gemma's, spaces as ▁, trained on the prompts and our own problems."""
+    rows = [json.loads(line) for file in FILES.glob("t*.jsonl") for line in file.open()]
+    texts = [row[key] for row in rows for key in ("problem", "solution")]
+    core = Tokenizer(tokenizer_models.BPE(unk_token="<unk>"))
+    core.normalizer = normalizers.Replace(" ", "▁")
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    trainer = BpeTrainer(vocab_size=900, special_tokens=SPECIAL, show_progress=False)
+    core.train_from_iterator([*texts, MATH_PROMPT, MATH_CORRECTION, "model", "user\n"], trainer)
+    names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        chat_template=TEMPLATE,
+        name_or_path="small gemma",
+        additional_special_tokens=TURNS,
+        **names,
+    )
+
+
+def gemma_model(tokenizer, seed: int = 0) -> Gemma2ForCausalLM:
+    """Random weights; like the real one's, its generation_config ends at 1 and at 107."""
+    torch.manual_seed(seed)
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        max_position_embeddings=1024,
+        sliding_window=64,
+        bos_token_id=2,
+        eos_token_id=1,
+        pad_token_id=0,
+        attn_implementation="eager",
+    )
+    model = Gemma2ForCausalLM(config)
+    model.generation_config.eos_token_id = [1, 107]
+    return model
+
+
+def fitted_checkpoint(folder: Path) -> Path:
+    """A checkpoint that states some answer in the paper's form, so that rewards are alive."""
+    tokenizer = gemma_tokenizer()
+    model, rng = gemma_model(tokenizer), random.Random(0)
+    chat = read_chat(tokenizer, model, "math")
+    problems = load_problems("math", "train", folder=str(FILES))[:4]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        rows = []
+        for problem in problems:
+            row = [(token, False) for token in chat.x1(problem)]
+            for number in range(2):
+                answer = rng.choice(problems).answer
+                text = f"Final Answer: The final answer is ${answer}$. I hope it is correct."
+                y = [*tokenizer(text, add_special_tokens=False).input_ids, chat.close_id]
+                row += [(token, False) for token in chat.p1 * number]
+                row += [(token, True) for token in y]
+            rows.append(row)
+        optimizer.zero_grad()
+        negative_log_likelihood(model, rows).backward()
+        optimizer.step()
+    save_checkpoint(folder, model.to(torch.bfloat16), tokenizer)
+    return folder
