@@ -135,7 +135,13 @@ def tidy(text: str) -> str:
     for pattern, new in SPELLINGS:
         text = pattern.sub(new, text)
     text = RUN.sub(spell_run, TEXT.sub(spell_text, text))
-    text = re.sub(r",(\s*,)+", ",", text).replace("'", "")
+    text = trim(re.sub(r",(\s*,)+", ",", text).replace("'", ""))
+    while text.startswith("{") and closes(text) == len(text) - 1:
+        text = trim(text[1:-1])
+    return text
+
+
+def trim(text: str) -> str:
     return re.sub(r"(?<!\\)[\s.,;]+$", "", text).strip()
 
 
@@ -225,7 +231,8 @@ def as_list(items: list[Answer], either: bool) -> Answer:
     """Answers without order; inequalities joined by "or" are one set of numbers."""
     names = {item.name for item in items}
     kinds = {item.kind for item in items}
-    if either and len(names) == 1 and "reals" in kinds <= {"reals", "value"}:
+    one_name = len(names) == 1 and (names != {""} or kinds == {"reals"})
+    if either and one_name and "reals" in kinds <= {"reals", "value"}:
         return Answer("reals", tuple(i for item in items for i in intervals(item)), names.pop())
     names -= {""}
     if len(names) == 1:  # x = 2 or x = 3 is a list of two values

@@ -14,6 +14,7 @@ Next to read: rewards.py.
 import math
 import re
 from fractions import Fraction
+from functools import cache
 from zlib import crc32
 
 from mpmath import MPContext  # comes with sympy
@@ -26,7 +27,8 @@ LARGEST, SMALLEST = MP.mpf(10) ** 50, MP.mpf(10) ** -50  # of inexact numbers: e
 TALLEST = (
     10**25
 )  # numerator of a rational that may be an inexact number: it comes no nearer by luck
-BITS, FACTORIAL, DEPTH, EFFORT = 2**15, 2500, 40, 64  # size of a rational, n of n!, nesting, powers
+BITS, FACTORIAL, DEPTH = 2**15, 2500, 40  # size of a rational, n of n!, nesting
+EFFORT, POWER_EFFORT, FACTORIAL_EFFORT = 128, 4, 16  # of one text; a product is 1
 POINTS = 3  # the last one is negative, where sqrt(x^2) is not x
 
 Number = Fraction | MP.mpc
@@ -190,7 +192,13 @@ def variable(name: str, point: int) -> Fraction:
 
 # --- 2. Reading -------------------------------------------------------------------------------
 
-SPACE = re.compile(r"\s*")
+SPACE, NOTHING = re.compile(r"\s*"), re.compile(r"\Z")
+DIGIT, LETTER, COMMAND = re.compile("[0-9]"), re.compile("[A-Za-z]"), re.compile(r"\\([a-z]+)")
+NUMBER = re.compile(r"[0-9]|\.[0-9]|\.\\overline")
+ARGUMENT = re.compile(r"[{A-Za-z\\(]")
+MINUS = re.compile(r"-(?!\s*[-+]\s*[-+])")  # 1 - -2 is read, 1 - - -2 is not
+RAISED = re.compile(r"\^|\*\*")
+FACTOR_OF_ARGUMENT = re.compile(r"[A-Za-z]|\\(?:pi|frac|sqrt)(?![A-Za-z])")
 LITERALS = re.compile(
     r"(\d+)?(?:\.(\d+)?(?:\\overline\{(\d+)\})?)?(?:[eE]([+-]?\d{1,3})(?![\d.]))?", re.ASCII
 )
@@ -213,6 +221,12 @@ STARTS = re.compile(
 )
 
 
+@cache
+def literal(text: str) -> re.Pattern:
+    """The pattern of a text as it stands; a command ends where its letters end."""
+    return re.compile(re.escape(text) + ("(?![A-Za-z])" if text[-1].isalpha() else ""))
+
+
 class Reader:
     """One pass over a text. names: the variables met. sign: +1 or -1, what \\pm stands for."""
 
@@ -224,10 +238,7 @@ class Reader:
     def take(self, pattern) -> re.Match | None:
         """Skip spaces and read what the pattern (compiled, or literal text) matches next."""
         self.at = SPACE.match(self.text, self.at).end()
-        if isinstance(pattern, str):
-            pattern = re.compile(
-                re.escape(pattern) + (r"(?![A-Za-z])" if pattern[-1].isalpha() else "")
-            )
+        pattern = literal(pattern) if isinstance(pattern, str) else pattern
         found = pattern.match(self.text, self.at)
         if found:
             self.at = found.end()
@@ -259,6 +270,7 @@ class Reader:
         """Factors, multiplied, divided or side by side; a / b c is (a / b) c."""
         product = self.signed()
         while True:
+            self.spend(1)
             if self.take(TIMES):
                 product = multiply(product, self.signed())
             elif self.take(DIVIDE):
@@ -272,12 +284,12 @@ class Reader:
         """Does a factor follow side by side? Never a digit: 5 6 is no number."""
         if self.sees("|"):
             return not self.bars
-        if self.text[: self.at].rstrip()[-1:] == "!" and self.sees(re.compile(r"[0-9]")):
+        if self.text[: self.at].rstrip()[-1:] == "!" and self.sees(DIGIT):
             return True
         return self.sees(STARTS) or self.sees(GREEK)
 
     def signed(self) -> Number:
-        if self.take(re.compile(r"-(?!\s*[-+]\s*[-+])")):
+        if self.take(MINUS):
             return -self.signed()
         if self.take("+"):
             return self.signed()
@@ -293,11 +305,9 @@ class Reader:
         if self.depth > DEPTH:
             raise Unreadable("too deep")
         base = self.postfixed()
-        if self.take(re.compile(r"\^|\*\*")):
-            self.spend()
+        if self.take(RAISED):
+            self.spend(POWER_EFFORT)
             base = power(base, self.exponent())
-            if self.take("!"):
-                base = factorial(base)
         self.depth -= 1
         return base
 
@@ -318,8 +328,8 @@ class Reader:
         while True:
             if found := self.take(DEGREE):
                 self.degrees = self.degrees or "%" not in found[0]
-            elif self.take(re.compile(r"!(?!=)")):
-                self.spend()
+            elif self.take("!"):
+                self.spend(FACTORIAL_EFFORT)
                 value = factorial(value)
             else:
                 return value
@@ -336,7 +346,7 @@ class Reader:
         }.items():
             if self.take(command):
                 return read()
-        if self.sees(re.compile(r"[0-9]|\.[0-9]|\.\\overline")):
+        if self.sees(NUMBER):
             return self.number()
         if found := self.take(GREEK):
             return self.named(found[0])
@@ -356,20 +366,20 @@ class Reader:
 
     def argument(self) -> Number:
         """What a command takes: a group in braces, or one digit, letter or command."""
-        if digit := self.take(re.compile(r"[0-9]")):
+        if digit := self.take(DIGIT):
             return Fraction(int(digit[0]))
-        if not self.sees(re.compile(r"[{A-Za-z\\(]")):
+        if not self.sees(ARGUMENT):
             raise Unreadable("no argument")
         return self.primary()
 
-    def spend(self) -> None:
-        """Powers, roots and functions cost time: an answer has a few, an attack has hundreds."""
-        self.effort += 1
+    def spend(self, effort: int) -> None:
+        """Operations cost time: an answer has a few, an attack has hundreds."""
+        self.effort += effort
         if self.effort > EFFORT:
-            raise Unreadable("too many powers, roots or functions")
+            raise Unreadable("too many operations")
 
     def root(self) -> Number:
-        self.spend()
+        self.spend(POWER_EFFORT)
         degree = self.group("[") if self.take("[") else Fraction(2)
         if not isinstance(degree, Fraction) or degree.denominator != 1 or degree < 2:
             raise Unreadable("no root")
@@ -397,12 +407,12 @@ class Reader:
 
     def letters(self) -> Number:
         """A function with its argument, i, e, or a variable with its subscript."""
-        found = self.take(re.compile(r"\\([a-z]+)"))
+        found = self.take(COMMAND)
         if found:
             if found[1] in FUNCTIONS:
                 return self.function(found[1])
             raise Unreadable("unknown command")
-        found = self.take(re.compile(r"[A-Za-z]"))
+        found = self.take(LETTER)
         if not found:
             raise Unreadable("no expression")
         return self.named(found[0])
@@ -422,7 +432,7 @@ class Reader:
 
     def function(self, name: str) -> Number:
         """sin x, sin^2 x, sin^{-1} x, sin 5x, sin(x), log_2 8."""
-        self.spend()
+        self.spend(POWER_EFFORT)
         exponent, base = Fraction(1), None
         if self.take("^"):
             exponent = self.argument() if not self.take("-") else -self.argument()
@@ -443,7 +453,7 @@ class Reader:
     def side_by_side(self) -> Number:
         """The argument of a function without parentheses: 5x in sin 5x cos x."""
         value = -self.power() if self.take("-") else self.power()
-        while self.sees(re.compile(r"[A-Za-z]|\\(?:pi|frac|sqrt)(?![A-Za-z])")) or self.sees(GREEK):
+        while self.sees(FACTOR_OF_ARGUMENT) or self.sees(GREEK):
             value = multiply(value, self.power())
         return value
 
@@ -452,7 +462,7 @@ def read_value(text: str, point: int = 0, sign: int = 1) -> tuple[Number, set[st
     """The value of a whole text at a point, and the variables in it; raises Unreadable."""
     reader = Reader(text, point, sign)
     value = reader.expression()
-    if not reader.take(re.compile(r"\Z")):
+    if not reader.take(NOTHING):
         raise Unreadable("something follows")
     return value, reader.names
 
