@@ -1,11 +1,17 @@
 """Problems, splits, prompts and end tokens."""
 
+import gzip
+import json
+import sys
+from types import SimpleNamespace
+
 import pytest
 from conftest import make_model
+from gemma import FILES, gemma_model, gemma_tokenizer
 
 import data
-from data import InputError, add_columns, load_problems, read_chat
-from sample import Sampling, askable
+from data import InputError, Problem, add_columns, last_box, load_problems, math_problems, read_chat
+from sample import Attempt, Sampling, askable, segments
 from sft import builtin_tokenizer
 
 # Gemma 2's own layout: no system role, contents trimmed, one BOS, <end_of_turn> closes a turn.
@@ -128,3 +134,161 @@ def test_a_prompt_too_long_for_the_model_skips_its_problem_with_a_count(capsys):
     long = data.Problem(" ".join(["1+1"] * 50) + " =", "2", "sums", "long")
     assert askable([*problems, long], model, chat, Sampling(2, 10)) == list(problems)
     assert "skipped 1 of 5" in capsys.readouterr().err
+
+
+# --- MATH ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows():
+    """Our own problems by split, as the files hold them."""
+    return {
+        split: [json.loads(line) for line in (FILES / f"{split}.jsonl").open()]
+        for split in ("train", "test")
+    }
+
+
+@pytest.fixture
+def hub(rows, monkeypatch):
+    """load_dataset, as the hub's two data sets would answer it."""
+    subjects = data.SUBJECTS.split()
+
+    def load_dataset(name, subject=None, split=None):
+        if name == data.HUB_TEST:
+            assert split == "test"
+            return [{**row, "answer": last_box(row["solution"])} for row in rows["test"]]
+        assert name == data.HUB_TRAIN and split in ("train", "test")
+        everything = [*rows["train"], *rows["test"]][:: 1 if split == "train" else -1]
+        half = everything[: len(everything) // 2]  # from both ends: together they are all
+        mine = [
+            row
+            for row in half
+            if row["subject"].lower().replace(" & ", "_and_").replace(" ", "_") == subject
+        ]
+        return [
+            {
+                "problem": r["problem"],
+                "solution": r["solution"],
+                "level": f"Level {r['level']}",
+                "type": r["subject"],
+            }
+            for r in mine
+        ]
+
+    assert len(subjects) == 7
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    math_problems.cache_clear()
+    yield
+    math_problems.cache_clear()
+
+
+def test_the_hub_and_the_files_give_the_same_problems_in_the_same_order(hub):
+    from_hub, from_files = math_problems(""), math_problems(str(FILES))
+    assert from_hub == from_files
+    assert (len(from_hub["train"]), len(from_hub["test"])) == (24, 14)
+    assert {p.level for p in from_hub["test"]} == set("12345")
+    assert len({p.subject for p in from_hub["train"]}) == 7
+
+
+def test_a_problem_of_math500_in_other_words_on_the_hub_is_refused(hub, rows):
+    rows["train"].append(
+        {**rows["test"][0], "problem": "In other words: " + rows["test"][0]["problem"]}
+    )
+    rows["test"][0] = {**rows["test"][0], "problem": "Not in MATH at all."}
+    plain = data.download
+
+    def without_the_last(name, subject=None, split=None):
+        found = load(name, subject, split)
+        return [
+            row for row in found if name == data.HUB_TEST or row["problem"] != "Not in MATH at all."
+        ]
+
+    load = sys.modules["datasets"].load_dataset
+    sys.modules["datasets"].load_dataset = without_the_last
+    with pytest.raises(InputError, match="lacks problems of"):
+        plain()
+
+
+def test_without_network_and_files_one_sentence_says_both_ways_out(monkeypatch):
+    def load_dataset(*_, **__):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(InputError, match="no route.*network.*--data"):
+        math_problems("")
+
+
+def write(folder, **files):
+    folder.mkdir()
+    for name, rows in files.items():
+        with gzip.open(folder / f"{name}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    return str(folder)
+
+
+def test_golds_that_are_empty_boxes_are_skipped_with_a_count(tmp_path, rows, capsys):
+    empty = {"problem": "Which?", "solution": r"None: \boxed{}.", "answer": ""}
+    folder = write(tmp_path / "math", train=[empty, *rows["train"]], math500=rows["test"])
+    assert len(load_problems("math", "train", folder=folder)) == 24
+    assert "skipped 1 train problems without an answer" in capsys.readouterr().err
+
+
+def test_an_answer_is_the_solutions_last_box_where_none_is_given(rows):
+    golds = {row["problem"]: last_box(row["solution"]) for row in rows["train"]}
+    assert sum("answer" not in row for row in rows["train"]) == 4
+    for problem in load_problems("math", "train", folder=str(FILES)):
+        assert problem.answer == golds[problem.question]
+
+
+def test_a_problem_in_both_splits_is_named_whatever_its_spaces(tmp_path, rows):
+    twin = {**rows["test"][0], "problem": "  " + rows["test"][0]["problem"].replace(" ", "\n ")}
+    folder = write(tmp_path / "math", train=[*rows["train"], twin], test=rows["test"])
+    with pytest.raises(InputError, match="1 problems are in training and in test"):
+        load_problems("math", "train", folder=folder)
+
+
+def test_the_prompts_are_the_papers_word_for_word():
+    assert data.MATH_PROMPT == (
+        "You are a math expert. When you respond, respond only with the Solution of the final "
+        "Problem, thinking step by step. At the end of the Solution, when you give your final answer, "
+        'write it in the form "Final Answer: The final answer is $answer$. I hope it is correct."'
+    )
+    assert data.MATH_CORRECTION == (
+        "There might be an error in the solution above because of lack of understanding of the "
+        "question. Please correct the error, if any, and rewrite the solution. Only output the final "
+        "solution! At the end of the Solution, when you give your final answer, write it in the form "
+        '"Final Answer: The final answer is $answer$. I hope it is correct."'
+    )
+
+
+def test_gemma_gets_its_own_layout_with_one_bos_no_system_role_and_end_of_turn():
+    tokenizer = gemma_tokenizer()
+    chat = read_chat(tokenizer, gemma_model(tokenizer), "math")
+    assert (chat.end_ids, chat.close_id) == ((1, 107), 107)
+    problem = Problem("What is {1} + 1?", "2", "math", "p")
+    x1 = chat.x1(problem)
+    assert x1.count(2) == 1 and x1[0] == 2 and 2 not in chat.p1
+    assert tokenizer.decode(x1) == (
+        f"<bos><start_of_turn>user\n{data.MATH_PROMPT}\n\nProblem: What is {{1}} + 1?<end_of_turn>\n"
+        "<start_of_turn>model\n"
+    )
+    assert tokenizer.decode(chat.p1) == (
+        f"\n<start_of_turn>user\n{data.MATH_CORRECTION}<end_of_turn>\n<start_of_turn>model\n"
+    )
+    ended = Attempt([300, 301, 1], [0.0] * 3, "", True, 0.0)  # by <eos>, the other end token
+    cut = Attempt([300, 301], [0.0] * 2, "", False, 0.0)
+    for attempt, closing in ((ended, []), (cut, [107])):
+        joined = [t for part, _ in segments(chat, x1, [attempt]) for t in part]
+        assert joined == [*x1, *attempt.tokens, *closing, *chat.p1]
+
+
+def test_a_base_model_gets_a_plain_layout():
+    tokenizer = gemma_tokenizer()
+    tokenizer.chat_template = None
+    chat = read_chat(tokenizer, gemma_model(tokenizer), "math")
+    x1 = chat.x1(Problem("What is 1 + 1?", "2", "math", "p"))
+    assert tokenizer.decode(x1) == (
+        f"<bos>{data.MATH_PROMPT}\n\nProblem: What is 1 + 1?\n\nSolution:"
+    )
+    assert tokenizer.decode(chat.p1) == f"\n\n{data.MATH_CORRECTION}\n\nSolution:"
+    assert chat.close_id == 1

@@ -1,0 +1,191 @@
+"""MATH from end to end on a small Gemma 2: train, resume, evaluate, export, load."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gemma import FILES, fitted_checkpoint
+from test_runs import assert_equal, interrupt_at, run_score, signals, tree  # noqa: F401
+
+import eval as evaluation
+import score
+from data import load_problems, read_chat
+from models import load_checkpoint, make_masters
+from sample import Sampling, collate, rollout, transcript
+from score import Learner, adam, configure
+
+FAST = ["--task", "math", "--data", FILES, "--batch", "16", "--k", "4", "--max-new-tokens", "40"]
+FAST += ["--steps1", "2", "--steps2", "2", "--problems", "6", "--rows", "8", "--lr", "1e-3"]
+FAST += ["--micro-tokens", "1000", "--save-every", "2"]
+
+
+@pytest.fixture(scope="module")
+def small_gemma(tmp_path_factory):
+    return fitted_checkpoint(tmp_path_factory.mktemp("models") / "small-gemma")
+
+
+@pytest.fixture(scope="module")
+def finished(small_gemma, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "math"
+    assert run_score("--model", small_gemma, "--out", out, *FAST) == 0
+    return out
+
+
+def test_training_moves_the_policy_with_live_rewards_in_bfloat16(finished, small_gemma):
+    lines = tree(finished)["lines"]
+    assert [line["stage"] for line in lines] == [1, 1, 2, 2]
+    assert lines[0]["kl_t1"] == 0 == lines[0]["kl_t2"]  # rounded masters are the reference
+    assert lines[-1]["kl_t1"] > 0 and all(line["on_policy_gap"] < 0.1 for line in lines)
+    assert any(line["acc_t1"] + line["acc_t2"] > 0 for line in lines)
+    base, _ = load_checkpoint(str(small_gemma), "bfloat16")
+    policy, tokenizer = load_checkpoint(str(finished / "stage2"), "bfloat16")
+    weights = json.loads((finished / "stage2" / "config.json").read_text())
+    assert weights["dtype"] == "bfloat16" and weights["architectures"] == ["Gemma2ForCausalLM"]
+    assert any(
+        not torch.equal(a, b) for a, b in zip(base.parameters(), policy.parameters(), strict=True)
+    )
+    assert read_chat(tokenizer, policy, "math").end_ids == (1, 107)
+    masters = torch.load(finished / "state.pt", weights_only=True)["masters"]
+    assert all(master.dtype == torch.float32 for master in masters)
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(finished, small_gemma, tmp_path, monkeypatch):
+    out = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert run_score("--model", small_gemma, "--out", out, *FAST) == 130
+    assert run_score("--resume", "--out", out) == 0
+    assert_equal(tree(out), tree(finished))
+
+
+def test_evaluation_tells_levels_and_subjects_and_writes_every_transcript(finished, capsys):
+    flags = ["--model", finished / "stage1", "--task", "math", "--data", FILES]
+    assert evaluation.main([*map(str, flags), "--max-new-tokens", "40"]) == 0
+    printed = capsys.readouterr().out
+    record = json.loads((finished / "stage1" / "eval" / "metrics.json").read_text())
+    problems = load_problems("math", "test", folder=str(FILES))
+    assert len(problems) == 14
+    for group in ("level 1", "level 5", "Algebra", "Counting & Probability"):
+        count = sum(group in (f"level {p.level}", p.subject) for p in problems)
+        assert f"{group} ({count})" in printed
+        assert {"acc_t1", "acc_t2", "delta"} <= set(record["groups"][f"{group} ({count})"])
+    assert 0 <= record["metrics"]["unreadable"] <= 1 and "unreadable" in printed
+    transcripts = (finished / "stage1" / "eval" / "transcripts.jsonl").read_text().splitlines()
+    line = json.loads(transcripts[0])
+    assert len(transcripts) == 14 and len(line["attempts"]) == 2
+    assert {"question", "answer", "subject", "level", "x1"} <= set(line)
+
+
+def test_the_command_line_of_the_readme_works_in_its_own_process(small_gemma, tmp_path):
+    command = [sys.executable, score.__file__, "--model", small_gemma, "--out", tmp_path / "run"]
+    flags = [*FAST, "--stage", "1", "--steps1", "1"]
+    done = subprocess.run(
+        list(map(str, command + flags)), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "python score.py --stage 2 --out" in done.stdout and "Traceback" not in done.stderr
+
+
+def make_learner(small_gemma, precision, **settings):
+    cfg = configure(
+        {"task": "math", "k": 2, "precision": precision, "max_new_tokens": 24, **settings}
+    )
+    model, tokenizer = load_checkpoint(str(small_gemma), precision)
+    ref, _ = load_checkpoint(str(small_gemma), precision)
+    masters = make_masters(model)
+    chat = read_chat(tokenizer, model, "math")
+    return Learner(model, masters, ref, adam(masters, cfg), chat, cfg)
+
+
+def episodes_of(learner):
+    problems = load_problems("math", "train", 6, str(FILES))
+    return score.sample(learner, [p for p in problems for _ in range(2)], "0")
+
+
+@pytest.mark.parametrize(("precision", "gap"), [("float32", 1e-4), ("bfloat16", 0.15)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_log_probs_equal_the_scored_ones(small_gemma, precision, gap, temperature):
+    learner = make_learner(small_gemma, precision, temperature=temperature)
+    episodes = episodes_of(learner)
+    rows = [transcript(episode, learner.chat) for episode in episodes]
+    logp, kl, own = score.score(learner, *collate(rows, "cpu"))
+    for row, episode in enumerate(episodes):
+        for number, attempt in enumerate(episode.attempts, start=1):
+            mine = logp[row][own[row] == number]
+            torch.testing.assert_close(mine, torch.tensor(attempt.logp), rtol=0, atol=gap)
+    assert kl.abs().max() == 0
+
+
+def test_chunks_of_the_head_change_nothing(small_gemma, monkeypatch):
+    learner = make_learner(small_gemma, "float32")
+    for weight in learner.policy.parameters():
+        weight.data += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    batch = collate([transcript(e, learner.chat) for e in episodes_of(learner)], "cpu")
+    found = []
+    for numbers in (2**27, 5000):  # all tokens at once, and five at a time
+        monkeypatch.setattr(score, "HEAD_NUMBERS", numbers)
+        logp, kl, _ = score.score(learner, *batch)
+        (logp.sum() + kl.sum()).backward()
+        found.append((logp, kl, [master.grad for master in learner.masters]))
+        for master in learner.masters:
+            master.grad = None
+    torch.testing.assert_close(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
+    for one, two in zip(found[0][2], found[1][2], strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+    assert found[0][1].max() > 0.01
+
+
+def test_rows_side_by_side_do_not_change_what_is_sampled(small_gemma):
+    learner = make_learner(small_gemma, "float32")
+    problems = [p for p in load_problems("math", "train", 5, str(FILES)) for _ in range(3)]
+    whole, parts = (
+        rollout(learner.policy, learner.chat, problems, Sampling(2, 24, rows=rows))
+        for rows in (500, 4)
+    )
+    assert [[y.tokens for y in e.attempts] for e in whole] == [
+        [y.tokens for y in e.attempts] for e in parts
+    ]
+    assert len({tuple(e.attempts[0].tokens) for e in whole[:3]}) > 1  # samples differ
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data", "nowhere"], "--data nowhere"),
+        (["--data", "empty"], "--data empty"),
+        (["--data", "torn"], "line 2"),
+        (["--data", "clash"], "in training and in test"),
+        (["--data", ""], "name a folder of JSONL files with --data"),
+        (["--model", "builtin"], "--model builtin can only add"),
+        (["--model", "no/such"], "no/such"),
+        (["--rows", "0"], "--rows"),
+        (["--micro-tokens", "0"], "--micro-tokens"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(
+    flags, words, small_gemma, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "torn", "clash"):
+        Path(name).mkdir()
+    train = (FILES / "train.jsonl").read_text()
+    Path("torn/train.jsonl").write_text(train.splitlines()[0] + "\n{broken\n")
+    Path("torn/test.jsonl").write_text(train)
+    Path("clash/train.jsonl").write_text(train)
+    Path("clash/test.jsonl").write_text(train.splitlines()[3])
+    before = sorted(tmp_path.rglob("*"))
+    given = ["--model", small_gemma, *FAST, *flags]
+    assert run_score(*given, "--out", "run") == 2
+    message = capsys.readouterr().err
+    assert words in message and "Traceback" not in message
+    assert len([line for line in message.splitlines() if "skipped" not in line]) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    if flags[0] == "--data":
+        assert evaluation.main(["--model", str(small_gemma), "--task", "math", *flags]) == 2
+        assert words in capsys.readouterr().err
