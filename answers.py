@@ -18,6 +18,7 @@ from itertools import accumulate, pairwise
 
 from expressions import (
     FUNCTIONS,
+    GREEK,
     HALF,
     ONE,
     Number,
@@ -54,34 +55,41 @@ UNICODE = str.maketrans(
 SPELLINGS = [
     (re.compile(pattern.replace("END", END), re.DOTALL), new)
     for pattern, new in (
-        (r"[«»¶∨⦃⦄∖]", r"\\unknown "),  # these are ours alone
+        (r"[«»¶∨⦃⦄∖]|(?<=\d)'|\\not(?:in|\s*\\in)END", r"\\unknown "),
         (r"(?:√|(?<![\\a-zA-Z])sqrt)\s*(\d+)", r"\\sqrt{\1}"),
         (r"√", r"\\sqrt "),
         (r"\\\\(?:\[[^]]*\])?", "¶"),
-        (r"\\(?:left|right|[bB]igg?[lrm]?)END\s*\.?", ""),
-        (r"\\(?:displaystyle|textstyle|limits|cr|angle|triangle)END", ""),
-        (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|[^\s{])", ""),
+        (r"\\(?:left|right|[bB]igg?[lrm]?)END(?:\s*\.)?", " "),
+        (r"\\(?:displaystyle|textstyle|limits|cr|angle|triangle)END", " "),
+        (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|[^\s{])", " "),
         (r"\\langleEND", "("),
         (r"\\rangleEND", ")"),
         # Digits in threes: 1{,}000  1,\!000  1\,000; plain 1,000 is seen to in `thousands`.
-        (r"(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!|\\?,\\[,:; ]|\\,(?=\d{3}\b))\s*(?=\d{3})", ""),
+        (r"(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!|\\,(?=\d{3}\b))\s*(?=\d{3})", ""),
+        (r"^(\s*-?)\s*\\\$\s*(-?[\d.,]+)$", r"\1\2 dollars"),
         (r"\\[!,:;> ]|\\q?quadEND|~|\\(?=\n)|\{\s*\}", " "),
         (r"\\\{|\\lbraceEND", "⦃"),
         (r"\\\}|\\rbraceEND", "⦄"),
         (r"\\lbrackEND", "["),
         (r"\\rbrackEND", "]"),
         (r"\\?\$|\\[()\[\]]", " "),
-        (r"\\(?:boxed|fbox)END", ""),
+        (r"^\s*\\(?:boxed|fbox)(?=\s*\{)", " "),
         (r"\\[dtc](frac|binom)END", r"\\\1"),
         (r"\{([^{}]*)\\chooseEND([^{}]*)\}", r"\\binom{\1}{\2}"),
         (r"\{([^{}]*)\\overEND([^{}]*)\}", r"\\frac{\1}{\2}"),
         (r"\\[lc]?dotsEND|\.\.\.|…", "«dots»"),
         (r"\\(?:mathbb|mathbf|Bbb)\s*\{?R\}?", "«all real numbers»"),
-        (r"\\(?:mathbf|mathit|boldsymbol|bm|mathsf|mathcal|vec|hat|overrightarrow)END", ""),
+        (r"\\(?:mathbf|mathit|boldsymbol|bm|mathsf|mathcal|vec|hat|overrightarrow)END", " "),
         (r"(?<![A-Za-z_^}])\{([A-Za-z])\}(?=\s*=)", r"\1"),  # \mathbf{M} =
-        (r"\\(?:overline|bar)(?=\s*\{\s*[A-Za-z])", ""),
+        (r"\\overline(?=\s*\{\s*[A-Z]{2}\s*\})", " "),
+        (r"\\(?:overline|bar)\s*\{?\s*([A-Za-z])\s*\}?", r"\1_{bar}"),
+        (r"(?<=[A-Za-z])'", "_{prime}"),
         (r"\\(?:varnothing|emptyset)END|⦃\s*⦄", "«empty set»"),
-        (r"⦃\s*[a-z]\s*(?:\\inEND\s*«all real numbers»)?\s*(?:\||:|\\midEND)([^⦃⦄]*)⦄", r"\1"),
+        (
+            r"⦃\s*[a-z]\s*(?:\\inEND\s*«all real numbers»)?\s*(?:\||:|\\midEND)"
+            r"([^⦃⦄:]*(?:[<>=≤≥≠]|\\[gln]eq?)[^⦃⦄:]*)⦄",
+            r"\1",
+        ),
         (r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup "),
         (r"\\(?:setminus|backslash)END|(?<=numbers»)\s*[-\\]\s*(?=⦃)", "∖"),
         (r"(?<=\d)\s*([aApP])\.\s*[mM]\b\.?", r" \1m"),
@@ -98,9 +106,10 @@ SPELLINGS = [
     )
 ]
 TEXT = re.compile(
-    r"\\(?:text(?:normal|rm|bf|it|sf|tt|up)?|[mh]box|mathrm|operatorname)\s*\{([^{}]*)\}"
+    r"\\(text(?:normal|rm|bf|it|sf|tt|up)?|[mh]box|mathrm|operatorname)\s*\{([^{}]*)\}"
 )
 KEPT_IN_TEXT = re.compile(r"((?<![A-Za-z^\d.])\d[\d.,:/]*|[(),;:%=&]|\band\b|\bor\b)")
+WORDS = re.compile(r"\s*(?:[A-Za-z\s./-]*|[A-Za-z\s./]+\^?\{?[23]\}?|[A-Z0-9]+)\s*")
 RUN = re.compile(r"\\(?:begin|end)\s*\{\w+\}|\\[A-Za-z]+|«[^»]*»|([A-Za-z]{2,})")
 
 # What a unit is called, by its short name; other words after a number may be there or not.
@@ -120,12 +129,18 @@ UNITS = {
 }  # fmt: skip
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 ZERO_TO_TWELVE = "zero one two three four five six seven eight nine ten eleven twelve".split()
-# With these words behind it, a number is not what it was.
+# Words that may stand behind a number or not: known units, nouns in the plural, and these. But with
+# a twist among them the number is not what it was.
+NOUNS = set(
+    "unit way degree radian point percent people men women children sq square cubic".split()
+)
 TWISTS = set(
     "not no nor never than if when unless except squared cubed factorial minus plus times dozen "
-    "dots wrong false half halves third thirds maybe perhaps but base mod more less to vs versus"
-    .split()
-)  # fmt: skip
+    "all dozens dots wrong incorrect false half halves maybe perhaps but base mod modulo more less "
+    "most least to vs versus hundreds thousands millions billions trillions thirds quarters "
+    "fourths fifths sixths sevenths eighths ninths tenths hundredths thousandths pairs scores "
+    "minuses negatives ones twos threes fours fives sixes sevens eights nines tens xor".split()
+)
 
 
 def tidy(text: str) -> str:
@@ -135,8 +150,8 @@ def tidy(text: str) -> str:
     for pattern, new in SPELLINGS:
         text = pattern.sub(new, text)
     text = RUN.sub(spell_run, TEXT.sub(spell_text, text))
-    text = trim(re.sub(r",(\s*,)+", ",", text).replace("'", ""))
-    while text.startswith("{") and closes(text) == len(text) - 1:
+    text = trim(re.sub(r",(\s*,)+", ",", text))
+    while text[:1] + text[-1:] == "{}" and closes(text) == len(text) - 1:
         text = trim(text[1:-1])
     return text
 
@@ -147,14 +162,16 @@ def trim(text: str) -> str:
 
 def spell_text(found: re.Match) -> str:
     r"""\text{..}: numbers and separators as they are, and the rest «words»."""
-    word = found[1].strip()
-    if word in FUNCTIONS:
-        return rf"\{word} "
-    if word in ("i", "e"):
-        return word
-    pieces = KEPT_IN_TEXT.split(found[1])
+    command, content = found.groups()
+    word = content.strip()
+    if command in ("mathrm", "operatorname") and (word in FUNCTIONS or word in ("i", "e")):
+        return rf"\{word} " if word in FUNCTIONS else word
+    pieces = KEPT_IN_TEXT.split(content.replace("'", ""))
     for index in range(0, len(pieces), 2):
-        pieces[index] = f"«{pieces[index].strip()}»" if pieces[index].strip(" .") else ""
+        words = pieces[index].strip()
+        if not WORDS.fullmatch(words):
+            return r" \unknown "
+        pieces[index] = f"«{words}»" if words.strip(".") else " "
     return " " + "".join(pieces) + " "
 
 
@@ -163,15 +180,25 @@ def spell_run(found: re.Match) -> str:
     letters = found[1]
     if letters is None:  # a command or a word already
         return found[0]
-    lower = letters.lower()
+    lower, before, behind = (
+        letters.lower(),
+        found.string[: found.start()],
+        found.string[found.end() :],
+    )
     if lower in ("and", "or"):
         return "," if lower == "and" else "∨"
     if lower in ("infinity", "inf", "oo"):
         return r"\infty "
+    if letters == "sec" and not behind.strip(" .$"):
+        return "«sec»"
     for name in (*FUNCTIONS, "sqrt", "pi"):
-        if letters == name or letters[1:] == name in ("sqrt", "pi"):  # xsqrt(2)
-            return letters.removesuffix(name) + rf"\{name} "
-    return f"«{letters}»" if len(letters) > 3 or lower in {"sq", "cu", *UNITS} else letters
+        first, last = letters.removesuffix(name), letters.removeprefix(name)
+        if not last or (len(first) < 2 and first != letters) or (len(last) < 2 and last != letters):
+            return f"{first if last == letters else ''}\\{name} {last if first == letters else ''}"
+    apart = not before or before[-1] in " (,;[⦃»∨/=" or lower in {"sq", "cu", *UNITS}
+    return (
+        f"«{letters}»" if apart and (len(letters) > 3 or lower in {"sq", "cu", *UNITS}) else letters
+    )
 
 
 # --- 2. Structure -----------------------------------------------------------------------------
@@ -197,7 +224,8 @@ class Answer:
 OPENING, CLOSING = "([{⦃", ")]}⦄"
 RELATION = re.compile(r"[=<>≤≥≠≈]")
 VARIABLE = re.compile(
-    r"\s*((?:\\[a-zA-Z]+|[A-Z]{2,3}|[A-Za-z])(?:_\w|_\{\w+\})?)(?:\^\{-1\})?\s*(\(\s*[A-Za-z]\s*\))?\s*"
+    rf"\s*((?:{GREEK.pattern}|[A-Z]{{2}}|[A-Za-z])(?:_\w|_\{{\w+\}})?)\s*"
+    r"|\s*([fghpqFGHPQ](?:_\w|_\{\w+\})?(?:\^\{-1\})?)\s*\(\s*(?:[A-Za-z]|\\theta)\s*\)\s*"
 )
 MEMBER = re.compile(r"([^=<>]*)\\in(?![a-zA-Z])")
 MATRIX = re.compile(
@@ -209,11 +237,23 @@ BASE = re.compile(
 )  # without spaces and « »
 POINT = re.compile(r"\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\)")
 CLOCK = re.compile(r"\d{1,2}(?:\s*:\s*\d\d){1,2}")
-WITH_UNIT = re.compile(
-    r"(.*?[^«»\s])\s*((?:/?\s*«[^»]*»\s*(?:\^\s*\{?\s*\d\s*\}?)?\s*)+)", re.DOTALL
-)
+UNIT = re.compile(r"«[^»]*»(?:«[^»]*»|\^\{?[23]\}?|[\s/])*")
+SCIENTIFIC = re.compile(r"(-?\d+(?:\.\d+)?)[eE]([+-]?\d{1,3})", re.ASCII)
+MARK = re.compile(r"\s*(?:\\%|%|\^\s*\{\s*\\circ\s*\}|\^?\s*\\(?:circ|degree))\s*\Z")
+OPERATION = re.compile(r"(?<=[\w)}])\s*[-+*]|\\(?:cdot|times|pm|mp)")
+READS_DEGREES = re.compile(r"\\(?:sin|cos|tan|sec|csc|cot)")
+COSTLY = re.compile(r"[!^]|\\(?:sqrt|binom|exp|l?n|log|arc|sin|cos|tan|sec|csc|cot)")
+MOST_COSTLY = 48  # powers, roots, functions, factorials in an answer: an attack has hundreds
 INFINITE = re.compile(r"([+-]?)\s*\\infty\s*")
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
+
+
+def read_answer(text: str) -> Answer:
+    """The structure of an answer; raises Unreadable, or another ValueError or ArithmeticError."""
+    text = tidy(text)
+    if len(COSTLY.findall(text)) > MOST_COSTLY:
+        raise Unreadable("too many powers, roots, functions and factorials")
+    return read(text)
 
 
 def read(text: str, depth: int = 0) -> Answer:
@@ -222,6 +262,8 @@ def read(text: str, depth: int = 0) -> Answer:
         raise Unreadable("empty, or too deep")
     for separators in (",;", "∨"):
         parts = split(text, separators)
+        if len(parts) > LISTED:
+            raise Unreadable("too long a list")
         if len(parts) > 1:
             return as_list([read(part, depth + 1) for part in parts], either=separators == "∨")
     return read_item(text.strip(), depth + 1)
@@ -237,15 +279,14 @@ def as_list(items: list[Answer], either: bool) -> Answer:
     names -= {""}
     if len(names) == 1:  # x = 2 or x = 3 is a list of two values
         items = [replace(item, name="") for item in items]
-    flat = [part for item in items for part in (item.parts if item.kind == "list" else [item])]
-    if len(flat) > LISTED:
-        raise Unreadable("too long a list")
-    return Answer("list", tuple(flat), name=names.pop() if len(names) == 1 else "")
+    flat = [i for item in items for i in (item.parts if item.marks in {"±", "∨"} else [item])]
+    name = names.pop() if len(names) == 1 else ""
+    return Answer("list", tuple(flat), name, marks="named" if names else "∨" if either else "")
 
 
-def split(text: str, separators: str) -> list[str]:
-    """Cut at separators that stand outside of brackets and between no digits of one number."""
-    parts, depth, start, grouped = [], 0, 0, thousands(text)
+def split(text: str, separators: str, within: bool = False) -> list[str]:
+    """Cut at separators outside of brackets; 1,000 is one number, but not within brackets."""
+    parts, depth, start, grouped = [], 0, 0, set() if within else thousands(text)
     for at, letter in enumerate(text):
         depth += (letter in OPENING) - (letter in CLOSING)
         if depth < 0:
@@ -259,21 +300,25 @@ def split(text: str, separators: str) -> list[str]:
 
 
 def thousands(text: str) -> set[int]:
-    """Where commas group the digits of a number, as in 1,000."""
+    """Where commas group the digits of a number, as in 1,000 but not within (1,000)."""
+    depths = list(accumulate((letter in OPENING) - (letter in CLOSING) for letter in text))
     spans = [range(*found.span()) for found in THOUSANDS.finditer(text)]
-    return {at for span in spans for at in span if text[at] == ","}
+    return {at for span in spans for at in span if text[at] == "," and not depths[at]}
 
 
 def read_item(text: str, depth: int) -> Answer:
     """One answer, by what stands outermost."""
     if (found := MEMBER.match(text)) and VARIABLE.fullmatch(found[1]):
-        return replace(read(text[found.end() :], depth), name=found[1].strip())
+        members = read(text[found.end() :], depth)
+        if members.kind not in ("reals", "tuple") and members.marks != "⦃⦄":
+            raise Unreadable("no set to be in")
+        return replace(members, name=found[1].strip())
     if found := INFINITE.fullmatch(text):
         return Answer("value", (-math.inf if found[1] == "-" else math.inf,))
     if len(parts := split(re.sub(r"\\cup(?![a-zA-Z])", "∪", text), "∪")) > 1:
-        return Answer("reals", tuple(i for part in parts for i in intervals(read(part, depth))))
+        return Answer("reals", tuple(i for part in parts for i in set_of(part, depth)))
     if len(parts := split(text, "∖")) == 2:
-        return Answer("reals", without(*(intervals(read(part, depth)) for part in parts)))
+        return Answer("reals", without(*(set_of(part, depth) for part in parts)))
     if found := MATRIX.fullmatch(text):
         return read_matrix(*found.group(1, 3))
     if RELATION.search(text):
@@ -290,7 +335,18 @@ def read_item(text: str, depth: int) -> Answer:
     if len(parts := split(text, ":")) > 1:
         marks = ":" if CLOCK.fullmatch(text) else ""
         return Answer("ratio", tuple(constant(part) for part in parts), marks=marks)
-    return read_number(text.replace(",", "") if thousands(text) else text)
+    if found := SCIENTIFIC.fullmatch(text):
+        text = f"{found[1]} \\cdot 10^{{{found[2]}}}"
+    grouping = thousands(text)
+    return read_number("".join(x for at, x in enumerate(text) if at not in grouping))
+
+
+def set_of(text: str, depth: int) -> tuple:
+    """The intervals of an operand of a union."""
+    answer = read(text, depth)
+    if answer.kind == "value":
+        raise Unreadable("a number is no set")
+    return intervals(answer)
 
 
 def closes(text: str) -> int:
@@ -301,17 +357,22 @@ def closes(text: str) -> int:
 
 def read_number(text: str) -> Answer:
     """One value, or two where there is a plus-minus sign."""
-    plus = Answer("value", read_values(text))
+    text = unmarked(text)
+    plus = Answer("value", read_values(text, sign=1))
     if not re.search(r"\\(?:pm|mp)(?![a-zA-Z])", text):
         return plus
-    return Answer("list", (plus, Answer("value", read_values(text, sign=-1))))
+    return Answer("list", (plus, Answer("value", read_values(text, sign=-1))), marks="±")
+
+
+def unmarked(text: str) -> str:
+    """50% and 50° are 50; in sin 50° the sign is part of the function's argument."""
+    number = MARK.sub("", text)
+    return text if READS_DEGREES.search(text) or OPERATION.search(number) else number
 
 
 def constant(text: str) -> Number:
-    """A number without variables, or an infinity."""
-    if INFINITE.fullmatch(text):
-        return -math.inf if text.strip().startswith("-") else math.inf
-    value, names = read_value(text)
+    """A number without variables."""
+    value, names = read_value(unmarked(text))
     if names:
         raise Unreadable("a variable where a number is needed")
     return value
@@ -320,14 +381,18 @@ def constant(text: str) -> Number:
 def read_bracketed(text: str, depth: int) -> Answer:
     """A tuple or interval, a set, or a group around one answer."""
     marks, inner = text[0] + text[-1], text[1:-1]
-    parts = split(inner, ",;")
-    if len(parts) == 1 or marks in ("{}", "⦃⦄"):
-        if marks == "⦃⦄" and (inner.strip()[:1] == "⦃" or "«empty set»" in inner):
-            raise Unreadable("a set of sets")
+    parts = split(inner, ",;∨" if marks == "⦃⦄" else ",;", within=True)
+    if marks == "⦃⦄":
+        if "⦃" in inner or "«empty set»" in inner:
+            raise Unreadable("a set of a set")
+        return replace(as_list([read(part, depth) for part in parts], either=False), marks=marks)
+    if marks == "{}" or (len(parts) == 1 and marks in ("()", "[]")):
         return read(inner, depth)
     items = tuple(read(part, depth) for part in parts)
     if any(item.kind == "list" for item in items) or marks not in ("()", "[]", "(]", "[)"):
         raise Unreadable("no tuple")
+    if len(parts) == 1:
+        raise Unreadable("brackets do not match")
     return Answer("tuple", items, marks=marks)
 
 
@@ -336,10 +401,19 @@ def read_matrix(factor: str, body: str) -> Answer:
     rows = [split(row, "&") for row in body.split("¶") if row.strip()]
     if not rows or len({len(row) for row in rows}) > 1:
         raise Unreadable("no matrix")
-    factor = f"({factor})" if factor.strip() else ""
-    return Answer(
-        "matrix", tuple(tuple(read_values(f"{factor}({x})") for x in row) for row in rows)
-    )
+    factors = read_values(factor) if factor.strip() else (ONE,)
+    cells = [tuple(times(factors, read_values(cell)) for cell in row) for row in rows]
+    return Answer("matrix", tuple(cells))
+
+
+def times(one: tuple, two: tuple) -> tuple:
+    return tuple(None if None in pair else multiply(*pair) for pair in aligned(one, two))
+
+
+def aligned(one: tuple, two: tuple) -> list[tuple]:
+    """Pairs of values at the same points; a value without variables stands at each."""
+    points = max(len(one), len(two))
+    return [(one[i % len(one)], two[i % len(two)]) for i in range(points)]
 
 
 def read_base(digits: str, base: str) -> Answer | None:
@@ -359,28 +433,42 @@ def read_letters(letters: str) -> Answer:
     """Letters alone: a word that may be the product of a few usual variables, or i, or e."""
     if letters in ("i", "e"):
         return read_number(letters)
-    usual = re.fullmatch(r"[a-z]|[abckmnpqrstuvwxyz]{2,3}", letters)
+    usual = re.fullmatch(r"[a-z]|[abckmnpqrstuvwxyz]{2}", letters)
     return replace(phrase(letters), values=read_values(letters) if usual else ())
 
 
 def read_words(text: str, depth: int) -> Answer:
     """A number with a unit, else a phrase."""
-    found = WITH_UNIT.fullmatch(text)
-    if found and "«" not in found[1] and not re.fullmatch(r"[A-Za-z]{2,}", found[1]):
-        unit = re.sub(r"[«».\s{}]+", " ", found[2]).lower().split()
-        if len(unit) <= 6 and not TWISTS & set(unit):
-            zeros = sum(SCALES.get(word, 0) for word in unit)
-            number = f"({found[1]}) \\cdot 10^{{{zeros}}}" if zeros else found[1]
+    number, _, rest = text.partition("«")
+    number = number.strip()
+    if re.search(r"\d|\\(?:sqrt|pi|frac)", number) and UNIT.fullmatch("«" + rest):
+        unit = re.sub(r"[«».\s{}/]+", " ", rest).lower().replace(" per ", " ").split()
+        zeros = [SCALES[word] for word in unit if word in SCALES]
+        unit = [word for word in unit if word not in SCALES]
+        if zeros:
+            number = f"({number}) \\cdot 10^{{{sum(zeros)}}}"
+        if not unit or is_unit(unit):
             return replace(read_item(number, depth), unit=unit_name(unit))
-    if re.search(r"[\\^=<>≤≥|+*/]", re.sub(r"«[^»]*»", "", text)):
+    if re.search(r"[\\^=<>≤≥|+*]|(?<![a-z])[-/]|[-/](?![a-z])", text.casefold()):
         raise Unreadable("words within mathematics")
     return phrase(text)
 
 
+def is_unit(words: list[str]) -> bool:
+    """May these words stand behind a number or not?"""
+    words = [word.rstrip("23^") for word in words if word.rstrip("23^")]
+    if TWISTS & set(words) or set(ZERO_TO_TWELVE) & set(words) or len(words) > 5:
+        return False
+    if "".join(words) in ("am", "pm"):
+        return True
+    noun = words[-1] in UNITS or words[-1] in NOUNS or words[-1][-1:] == "s"
+    return noun and all(word.isalpha() for word in words)
+
+
 def phrase(text: str) -> Answer:
     """Words, compared without case, punctuation and article."""
+    text = re.sub(r"^(?:[Tt]he|an?) (?=[a-z]{3})", "", text.replace("«", " ").strip())
     words = " ".join(re.findall(r"[^\W_]+", text.casefold()))
-    words = re.sub(r"^(?:the|an?) ", "", words)
     if words in ("", "nan"):
         raise Unreadable("no word")
     if words in ("all real numbers", "all reals", "real numbers", "all real values"):
@@ -398,11 +486,13 @@ def unit_name(words: list[str]) -> str:
     known = [UNITS[word] for word in re.sub(r"\^ ?\d", "", text).split() if word in UNITS]
     squared = re.search(r"\bsq(uare)?\b|\^ ?2", text)
     cubed = re.search(r"\bcu(bic)?\b|\^ ?3", text)
-    return f"{known[0]}{2 if squared else 3 if cubed else ''}" if len(known) == 1 else ""
+    name = " ".join(known) + ("2" if squared else "3" if cubed else "")
+    return {"mi h": "mph", "km h": "kph"}.get(name, name if known else "")
 
 
 # --- 3. Relations, and sets of real numbers ---------------------------------------------------
 
+ENDS = (-math.inf, math.inf)
 FLIPPED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤", "≠": "≠"}
 
 
@@ -412,8 +502,8 @@ def read_relation(text: str, depth: int) -> Answer:
     sides = [side.strip() for side in split(RELATION.sub("\0", text), "\0")]
     if len(sides) != len(signs) + 1:
         raise Unreadable("a relation within brackets")
-    if signs == ["≈"]:
-        return read_approximation(*sides, depth)
+    if signs[-1] == "≈" and "≈" not in signs[:-1]:
+        return read_approximation(text, sides, depth)
     if not all(sides) or len(set(sides)) == 1:
         raise Unreadable("a side is empty, or all are the same")
     if set(signs) == {"="}:
@@ -423,39 +513,47 @@ def read_relation(text: str, depth: int) -> Answer:
     return read_inequality(sides, signs)
 
 
-def read_approximation(exact: str, near: str, depth: int) -> Answer:
-    """≈ 8.24, or 2/3 ≈ 0.67: the exact value, if the other is what it rounds to."""
-    if not exact:
-        return read(near, depth)
-    if VARIABLE.fullmatch(exact):
+def read_approximation(text: str, sides: list[str], depth: int) -> Answer:
+    """≈ 8.24, or x = 2/3 ≈ 0.67: the exact value, if the other is what it rounds to."""
+    *_, exact, near = sides
+    if len(sides) == 2 and (not exact or VARIABLE.fullmatch(exact)):
         return replace(read(near, depth), name=exact)
     decimals = re.search(r"\.(\d+)", near)
     unit = read_value(f"10^{{-{len(decimals[1]) if decimals else 0}}}")[0]
-    value = constant(exact)
-    if below(multiply(HALF, unit), size(add(value, -constant(near)))):
+    if below(multiply(HALF, unit), size(add(constant(exact), -constant(near)))):
         raise Unreadable("two answers")
-    return Answer("value", (value,))
+    return read(text.rpartition("≈")[0], depth)
 
 
 def read_equation(sides: list[str], depth: int) -> Answer:
-    """x = 5 is the value 5 by the name of x; x + y = 5 is an equation; 2/4 = 1/2 is one value."""
+    """x = 5 is the value 5 by the name of x, x + y = 5 is an equation."""
     if len(sides) == 2 and VARIABLE.fullmatch(sides[1]) and not VARIABLE.fullmatch(sides[0]):
         sides = sides[::-1]
+    name = re.sub(r"\s", "", sides[0])
     if len(sides) == 2 and POINT.fullmatch(sides[0]):
-        return replace(read(sides[1], depth), name=re.sub(r"\s", "", sides[0]))
+        return read_point(name, read(sides[1], depth))
+    if len(sides) == 2 and re.fullmatch(r"«[^»]*»", sides[0]):
+        return replace(read(sides[1], depth), name=name)
     named = VARIABLE.fullmatch(sides[0])
-    if len(sides) == 2 and not (named and named[1] not in variables(sides[1])):
+    letter = named and (named[1] or named[2].partition("^")[0])
+    if len(sides) == 2 and not (named and letter not in variables(sides[1])):
         return Answer("equation", difference(*sides))
-    answers = [read(side, depth) for side in (sides[1:] if named else sides)]
-    if not all(same(one, two) for one, two in pairwise(answers)):
-        raise Unreadable("two answers")
-    if not named:
-        return answers[-1]
+    answers = [read(side, depth) for side in sides[1:]]
+    if not named or not all(same(one, two) for one, two in pairwise(answers)):
+        raise Unreadable("a chain without a name, or two answers")
     try:
         values = difference(sides[0], sides[-1])
     except (ValueError, ArithmeticError):  # the right side is no expression
         values = ()
-    return replace(answers[-1], name=re.sub(r"\s", "", sides[0]), values=values)
+    return replace(answers[-1], name=name, values=values)
+
+
+def read_point(names: str, point: Answer) -> Answer:
+    """(x, y) = (1, 2), with its names in order of the alphabet."""
+    letters = names[1:-1].split(",")
+    if point.kind != "tuple" or len(letters) != len(point.parts) or letters != sorted(letters):
+        raise Unreadable("names and values do not go together")
+    return replace(point, name=names)
 
 
 def variables(text: str) -> set[str]:
@@ -467,8 +565,8 @@ def variables(text: str) -> set[str]:
 
 def difference(left: str, right: str) -> tuple[Number, ...]:
     """left - right at each point; Unreadable without variables, and if it is zero everywhere."""
-    values = read_values(f"({left}) - ({right})")
-    if len(values) == 1 or all(value == 0 for value in values):
+    values = read_values(f"({unmarked(left)}) - ({unmarked(right)})")
+    if len(values) == 1 or all(value == 0 for value in values if value is not None):
         raise Unreadable("a tautology, or no variable")
     return values
 
@@ -489,10 +587,11 @@ def read_inequality(sides: list[str], signs: list[str]) -> Answer:
 def read_bounds(sides: list[str], signs: list[str], named: int) -> Answer:
     low, high = (-math.inf, False), (math.inf, False)
     name = re.sub(r"\s", "", sides[named])
+    one_way = {*signs} <= {*"<≤"} or {*signs} <= {*">≥"}
+    if len(signs) == 2 and not (named == 1 and one_way):
+        raise Unreadable("a chain of inequalities of several kinds")
     for at, sign in enumerate(signs):
-        if named not in (at, at + 1):
-            raise Unreadable("a chain of inequalities with its name at the end")
-        bound = constant(sides[at if named > at else at + 1])
+        bound = bound_of(sides[at if named > at else at + 1])
         if sign == "≠":
             below_and_above = ((*low, bound, False), (bound, False, *high))
             return Answer("reals", below_and_above, name=name)
@@ -500,9 +599,13 @@ def read_bounds(sides: list[str], signs: list[str], named: int) -> Answer:
             low = (bound, sign in "≤≥")
         else:
             high = (bound, sign in "≤≥")
-    if len(signs) == 2 and (math.inf in high or -math.inf in low):
-        raise Unreadable("two bounds on one side")
+    if not before(low[0], high[0]):
+        raise Unreadable("no number is between")
     return Answer("reals", ((*low, *high),), name=name)
+
+
+def bound_of(text: str):
+    return read_item(text, 0).parts[0] if INFINITE.fullmatch(text) else constant(text)
 
 
 def intervals(answer: Answer) -> tuple[tuple, ...]:
@@ -511,10 +614,12 @@ def intervals(answer: Answer) -> tuple[tuple, ...]:
         return answer.parts
     if answer.kind == "tuple" and len(answer.parts) == 2:
         low, high = (part.parts[0] if part.kind == "value" else None for part in answer.parts)
-        if None not in (low, high) and before(low, high):
-            return ((low, answer.marks[0] == "[", high, answer.marks[1] == "]"),)
+        closed = (answer.marks[0] == "[", answer.marks[1] == "]")
+        at_infinity = (closed[0] and low == -math.inf) or (closed[1] and high == math.inf)
+        if None not in (low, high) and before(low, high) and not at_infinity:
+            return ((low, closed[0], high, closed[1]),)
     points = answer.parts if answer.kind == "list" else (answer,)
-    if all(point.kind == "value" and len(point.parts) == 1 for point in points):
+    if all(p.kind == "value" and len(p.parts) == 1 and p.parts[0] not in ENDS for p in points):
         return tuple((point.parts[0], True, point.parts[0], True) for point in points)
     raise Unreadable("no set of real numbers")
 
@@ -568,12 +673,14 @@ def same(one: Answer, two: Answer) -> bool:
         return proportional(as_equation(one), as_equation(two))
     if one.unit and two.unit and one.unit != two.unit:
         return False
+    if one.kind != two.kind and "list" in (one.kind, two.kind):
+        one, two = (a.parts[0] if a.kind == "list" and len(a.parts) == 1 else a for a in (one, two))
     kinds = {one.kind, two.kind}
     if kinds == {"word"} and one.parts == two.parts:
         return True
     if kinds <= {"word", "value"}:
         return same_values(*(a.parts if a.kind == "value" else a.values for a in (one, two)))
-    if kinds == {"ratio", "value"}:
+    if kinds == {"ratio", "value"} and ":" not in (one.marks, two.marks):  # no time of day
         return same_values(quotient(one), quotient(two))
     if "reals" in kinds and kinds <= {"reals", "tuple", "list"}:
         return same_reals(intervals(one), intervals(two))
@@ -599,7 +706,7 @@ def same_values(one: tuple, two: tuple) -> bool:
     """The same at every point where a value is real, or at all points if none is."""
     if not one or not two:
         return False
-    pairs = [(one[i % len(one)], two[i % len(two)]) for i in range(max(len(one), len(two)))]
+    pairs = [pair for pair in aligned(one, two) if None not in pair]
     if isinstance(one[0], float) or isinstance(two[0], float):
         return all(alike(x, y) for x, y in pairs)
     with_reals = [pair for pair in pairs if any(map(is_real, pair))]
@@ -608,6 +715,8 @@ def same_values(one: tuple, two: tuple) -> bool:
 
 def same_items(one: Answer, two: Answer) -> bool:
     """The same answers in any order, each as often."""
+    if (one.marks == "named") != (two.marks == "named"):
+        return False
     left = list(two.parts)
     for item in one.parts:
         found = next((at for at, other in enumerate(left) if same(item, other)), None)
@@ -641,9 +750,8 @@ def proportional(one: tuple, two: tuple) -> bool:
     """Do two ratios, or left - right of two equations at each point, differ by a factor?"""
     if len(one) != len(two) or not one or one[0] == 0 or two[0] == 0:
         return False
-    return all(
-        equal(multiply(x, two[0]), multiply(y, one[0])) for x, y in zip(one, two, strict=True)
-    )
+    pairs = [pair for pair in zip(one, two, strict=True) if None not in pair]
+    return all(equal(multiply(x, two[0]), multiply(y, one[0])) for x, y in pairs)
 
 
 def same_ratio(one: Answer, two: Answer) -> bool:

@@ -2,7 +2,7 @@ r"""What is an expression worth? LaTeX or ASCII, read by recursive descent strai
 
     \frac{2}{4}, 2/4, 0.5        Fraction(1, 2): exact rationals as far as they go
     3\sqrt{2} - \pi              a complex number of 70 digits
-    x^2 - 1, (x-1)(x+1)          three numbers each: variables stand at three fixed random points,
+    x^2 - 1, (x-1)(x+1)          seven numbers each: variables stand at fixed random points,
                                  so that expressions are equal if their numbers are
 
 What is read was written by a model that is paid for being right, so nothing is ever evaluated as
@@ -17,19 +17,21 @@ from fractions import Fraction
 from functools import cache
 from zlib import crc32
 
-from mpmath import MPContext  # comes with sympy
+from mpmath import MPContext, libmp  # comes with sympy
 from sympy import integer_nthroot
 
 MP = MPContext()
 MP.dps = 70
 CLOSE = MP.mpf(10) ** -55  # relative; equal values differ by rounding alone
-LARGEST, SMALLEST = MP.mpf(10) ** 50, MP.mpf(10) ** -50  # of inexact numbers: else +1 would be lost
+LARGEST, SMALLEST = MP.mpf(10) ** 45, MP.mpf(10) ** -45  # of inexact numbers: else +1 would be lost
 TALLEST = (
     10**25
 )  # numerator of a rational that may be an inexact number: it comes no nearer by luck
 BITS, FACTORIAL, DEPTH = 2**15, 2500, 40  # size of a rational, n of n!, nesting
 EFFORT, POWER_EFFORT, FACTORIAL_EFFORT = 128, 4, 16  # of one text; a product is 1
-POINTS = 3  # the last one is negative, where sqrt(x^2) is not x
+SIZES = (1, 20, 4000, 20, 4000, 1, 4000)  # of variables at the points where they are compared
+for constant in (libmp.pi_fixed, libmp.e_fixed, libmp.ln2_fixed, libmp.ln10_fixed):
+    constant(1000)  # cached from now on: threads must not fill these caches at once
 
 Number = Fraction | MP.mpc
 ONE, HALF = Fraction(1), Fraction(1, 2)
@@ -43,14 +45,14 @@ class Unreadable(ValueError):
 
 
 def settle(z) -> Number:
-    """A number within bounds; what is zero but for rounding is zero."""
+    """A number within bounds."""
     if isinstance(z, Fraction):
         if max(z.numerator.bit_length(), z.denominator.bit_length()) > BITS:
             raise Unreadable("too large")
         return z
     if not MP.isfinite(z):
         raise Unreadable("no finite number")
-    if abs(z) < CLOSE:
+    if z == 0:
         return Fraction(0)
     if not SMALLEST < abs(z) < LARGEST:
         raise Unreadable("too large or too small")
@@ -60,7 +62,7 @@ def settle(z) -> Number:
 def inexact(x: Number):
     if not isinstance(x, Fraction):
         return x
-    if x and not -200 < x.numerator.bit_length() - x.denominator.bit_length() < 200:
+    if x and not -150 < x.numerator.bit_length() - x.denominator.bit_length() < 150:
         raise Unreadable("too large or too small beside an irrational number")
     return MP.mpc(x.numerator) / x.denominator
 
@@ -107,6 +109,8 @@ def divide(x: Number, y: Number) -> Number:
 
 def power(base: Number, exponent: Number) -> Number:
     """base ** exponent; odd roots of negative numbers are real, as in school."""
+    if base == 0 == exponent:
+        raise Unreadable("0 ** 0")
     if isinstance(exponent, Fraction):
         whole, root = exponent.numerator, exponent.denominator
         if isinstance(base, Fraction):
@@ -168,10 +172,7 @@ def size(x: Number) -> Number:
 
 # Only functions that leave MP's precision as it is: others raise it for a while, in all threads.
 FUNCTIONS = {
-    **{
-        name: getattr(MP, name)
-        for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh", "exp", "ln")
-    },
+    **{name: getattr(MP, name) for name in ("sin", "cos", "tan", "exp", "ln")},
     **{f"arc{name}": getattr(MP, f"a{name}") for name in ("sin", "cos", "tan")},
     "sec": lambda x: 1 / MP.cos(x),
     "csc": lambda x: 1 / MP.sin(x),
@@ -181,32 +182,42 @@ FUNCTIONS = {
 
 
 def apply(name: str, x: Number) -> Number:
-    return settle(FUNCTIONS[name](inexact(x)))
+    value = FUNCTIONS[name](inexact(x))
+    if name in ("sin", "cos", "tan") and abs(value) < CLOSE:
+        return Fraction(0)  # but for rounding, as sin π is
+    if name == "arctan" and abs(x) > 10**20:
+        raise Unreadable("too near to pi/2")
+    return settle(value)
 
 
 def variable(name: str, point: int) -> Fraction:
-    """Where a variable stands at a point: the same for every expression."""
-    value = Fraction(1000 + crc32(f"{name} at {point}".encode()) % 9000, 2003)
-    return -value if point == POINTS - 1 else value
+    """Where a variable stands at a point: the same for every expression.
+
+    All are positive at the first point and negative at the last one; between, any two letters have
+    unlike signs somewhere, so that |xy| is not xy.
+    """
+    signs = ord(name) if len(name) == 1 else crc32(name.encode())
+    last = len(SIZES) - 1
+    negative = point == last or (point > 0 and signs >> (point - 1) & 1)
+    size = SIZES[point] * Fraction(14 + crc32(f"{name} at {point}".encode()) % 60, 13)
+    return -size if negative else size
 
 
 # --- 2. Reading -------------------------------------------------------------------------------
 
 SPACE, NOTHING = re.compile(r"\s*"), re.compile(r"\Z")
 DIGIT, LETTER, COMMAND = re.compile("[0-9]"), re.compile("[A-Za-z]"), re.compile(r"\\([a-z]+)")
-NUMBER = re.compile(r"[0-9]|\.[0-9]|\.\\overline")
+NUMBER = re.compile(r"[0-9]|\.[0-9]|\.\\(?:overline|bar)")
 ARGUMENT = re.compile(r"[{A-Za-z\\(]")
 MINUS = re.compile(r"-(?!\s*[-+]\s*[-+])")  # 1 - -2 is read, 1 - - -2 is not
 RAISED = re.compile(r"\^|\*\*")
 FACTOR_OF_ARGUMENT = re.compile(r"[A-Za-z]|\\(?:pi|frac|sqrt)(?![A-Za-z])")
-LITERALS = re.compile(
-    r"(\d+)?(?:\.(\d+)?(?:\\overline\{(\d+)\})?)?(?:[eE]([+-]?\d{1,3})(?![\d.]))?", re.ASCII
-)
+LITERALS = re.compile(r"(\d+)?(?:\.(\d+)?(?:\\(?:overline|bar)\s*\{?(\d+)\}?)?)?", re.ASCII)
+EXPONENT = re.compile(r"\d+(?:\.\d+)?", re.ASCII)
 SUBSCRIPT = re.compile(r"_(?:\{\s*(\w+)\s*\}|(\w))", re.ASCII)
 DIGITS = r"\s*(?:\{\s*(\d+)\s*\}|(\d))"
-CONSTANT_ARGUMENT = re.compile(r"\(\s*-?(?:\d+|[a-z])\s*\)")
 MIXED = re.compile(rf"\s*\\frac{DIGITS}{DIGITS}|\s+(\d+)/(\d+)", re.ASCII)
-DEGREE = re.compile(r"\^\s*\{\s*\\circ\s*\}|\^?\s*\\(?:circ|degree)(?![A-Za-z])|\\?%")
+DEGREE = re.compile(r"\^\s*\{\s*\\circ\s*\}|\^?\s*\\(?:circ|degree)(?![A-Za-z])")
 PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 TIMES = re.compile(r"\*(?!\*)|\\(?:cdot|times|ast)(?![A-Za-z])")
 DIVIDE = re.compile(r"/|\\div(?![A-Za-z])")
@@ -228,11 +239,11 @@ def literal(text: str) -> re.Pattern:
 
 
 class Reader:
-    """One pass over a text. names: the variables met. sign: +1 or -1, what \\pm stands for."""
+    """One pass over a text. names: the variables met. sign: \\pm's, 0 if none may be."""
 
     def __init__(self, text: str, point: int, sign: int):
         self.text, self.point, self.sign = text, point, sign
-        self.at, self.depth, self.bars, self.degrees, self.effort = 0, 0, False, False, 0
+        self.at, self.depth, self.bars, self.degrees, self.effort = 0, 0, False, None, 0
         self.names: set[str] = set()
 
     def take(self, pattern) -> re.Match | None:
@@ -298,6 +309,8 @@ class Reader:
         return self.power()
 
     def plus_minus(self, found: re.Match) -> int:
+        if not self.sign:
+            raise Unreadable("a plus-minus sign where one value is needed")
         return self.sign if found[0] == r"\pm" else -self.sign
 
     def power(self) -> Number:
@@ -312,22 +325,22 @@ class Reader:
         return base
 
     def exponent(self) -> Number:
-        if self.sees("{"):
-            inner = self.postfixed()
-            return power(inner, self.exponent()) if self.take("^") else inner
-        return self.signed_exponent()
-
-    def signed_exponent(self) -> Number:
+        """What stands behind ^, up to the next factor."""
         minus = self.take("-")
-        value = self.power()
+        digits = self.take(EXPONENT)
+        value = Fraction(digits[0]) if digits else self.primary()
+        if self.take(RAISED):
+            value = power(value, self.exponent())
         return -value if minus else value
 
     def postfixed(self) -> Number:
-        """A primary, its factorials, and the degree or percent sign, which counts only in sin."""
+        """A primary and its factorials; a degree sign only where a function will read it."""
         value = self.primary()
         while True:
-            if found := self.take(DEGREE):
-                self.degrees = self.degrees or "%" not in found[0]
+            if self.take(DEGREE):
+                if self.degrees is None:
+                    raise Unreadable("a degree sign within an expression")
+                self.degrees = True
             elif self.take("!"):
                 self.spend(FACTORIAL_EFFORT)
                 value = factorial(value)
@@ -386,16 +399,14 @@ class Reader:
         return power(self.argument(), 1 / degree)
 
     def number(self) -> Fraction:
-        """12, 0.5, .5, 1.2e3, 0.\\overline{3}, or a mixed number: 2\\frac{1}{4}, 2 1/4."""
+        """12, 0.5, .5, 0.\\overline{3}, or a mixed number: 2\\frac{1}{4}, 2 1/4."""
         found = self.take(LITERALS)
-        whole, decimals, repeated, scale = (part or "" for part in found.groups())
+        whole, decimals, repeated = (part or "" for part in found.groups())
         if self.sees("_"):
             raise Unreadable("a base within an expression")
         value = Fraction(int(whole + decimals or 0), 10 ** len(decimals))
         if repeated:
             value += Fraction(int(repeated), (10 ** len(repeated) - 1) * 10 ** len(decimals))
-        if scale:
-            value *= Fraction(10) ** int(scale)
         mixed = MIXED.match(self.text, self.at) if found[0] == whole else None
         if mixed:
             self.at = mixed.end()
@@ -423,8 +434,9 @@ class Reader:
             name += "_" + (subscript[1] or subscript[2])
         elif name == "i":
             return MP.mpc(0, 1)
-        elif name in "fgh" and (argument := self.take(CONSTANT_ARGUMENT)):
-            name += argument[0]  # f(2) is a number of its own
+        elif name in "fg" and self.take("("):
+            self.names.add(name)  # f(2) is a number of its own, but the same as f(1 + 1)
+            return variable(f"{name}({describe(self.group('('))})", self.point)
         elif name == "e":
             return settle(MP.mpc(MP.e))
         self.names.add(name)
@@ -440,7 +452,7 @@ class Reader:
             base = self.argument()
         if exponent == -1 and f"arc{name}" in FUNCTIONS:
             name, exponent = f"arc{name}", Fraction(1)
-        outside, self.degrees = self.degrees, False
+        outside, self.degrees = self.degrees, False  # None outside of functions
         value = self.postfixed() if self.sees("(") else self.side_by_side()
         if self.degrees:
             value = multiply(value, settle(MP.mpc(MP.pi) / 180))
@@ -458,7 +470,11 @@ class Reader:
         return value
 
 
-def read_value(text: str, point: int = 0, sign: int = 1) -> tuple[Number, set[str]]:
+def describe(x: Number) -> str:
+    return str(x) if isinstance(x, Fraction) else MP.nstr(x, 40)
+
+
+def read_value(text: str, point: int = 0, sign: int = 0) -> tuple[Number, set[str]]:
     """The value of a whole text at a point, and the variables in it; raises Unreadable."""
     reader = Reader(text, point, sign)
     value = reader.expression()
@@ -467,8 +483,13 @@ def read_value(text: str, point: int = 0, sign: int = 1) -> tuple[Number, set[st
     return value, reader.names
 
 
-def read_values(text: str, sign: int = 1) -> tuple[Number, ...]:
-    """One value if there are no variables, else one at each point."""
+def read_values(text: str, sign: int = 0) -> tuple[Number | None, ...]:
+    """One value if there are no variables, else one at each point, None where it is too large."""
     first, names = read_value(text, 0, sign)
-    rest = range(1, POINTS) if names else ()
-    return (first, *(read_value(text, point, sign)[0] for point in rest))
+    values = [first]
+    for point in range(1, len(SIZES)) if names else ():
+        try:
+            values.append(read_value(text, point, sign)[0])
+        except (ValueError, ArithmeticError):
+            values.append(None)
+    return tuple(values)

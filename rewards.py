@@ -11,7 +11,7 @@ raise. A cut-off attempt is judged like any other. Next to read: sample.py.
 
 import re
 
-from answers import read, same, tidy
+from answers import read_answer, same
 from data import Problem, last_box
 
 TAIL, LONGEST = 20_000, 600  # characters: where a final answer is looked for, and its length
@@ -73,6 +73,6 @@ def same_answer(prediction: str, gold: str) -> bool:
     if max(len(prediction), len(gold)) > LONGEST:
         return False
     try:
-        return same(read(tidy(prediction)), read(tidy(gold)))
+        return same(*(read_answer(text) for text in (prediction, gold)))
     except (ValueError, ArithmeticError, RecursionError):  # Unreadable is a ValueError
         return False

@@ -53,6 +53,12 @@ def test_at_least_99_percent_are_right_and_no_wrong_answer_is_accepted():
     assert not any(accepted and not equal for accepted, equal in found)
 
 
+def test_no_answer_that_once_fooled_the_checker_does_so_again():
+    for attack in rows(FILES / "attacks.jsonl"):
+        one, two = attack["prediction"], attack["gold"]
+        assert not same_answer(one, two) and not same_answer(two, one), attack
+
+
 @pytest.mark.parametrize("case", rows(FILES / "final.jsonl"), ids=lambda case: case["kind"])
 def test_the_final_answer_is_the_last_box_or_the_papers_sentence(case):
     assert final_answer(case["text"]) == case["answer"]
@@ -189,6 +195,8 @@ HOSTILE = [
     *("NaN", "nan", "", " ", "$", r"\frac", "^", "5_", "5^", "=5=", r"\infty-\infty", r"\log 0"),
     *(r"\tan 90^\circ", "1e9999", "x!" * 200, r"\sin x" * 90, r"\pi^x" * 100, "x^x" * 190),
     *(",".join("5" * 300), "+1" * 290, r"\binom{99999}{5000}", r"\sqrt[99999]{5}", "5^{1/99999}"),
+    *("5 " + "number " * 80 + "x", r"5\text{a}" * 50, ",".join(["x=y!^y"] * 24), "xy," * 60 + "5"),
+    *(r"\sin x" * 20 + r"\begin{array}{c}" + "1&" * 200 + r"1\end{array}", "x=5=" * 140 + "5"),
     *(r"\cup" * 140, r"(1,2)\cup" * 60, r"\begin{pmatrix} 5 & 1 \\ 2 \end{pmatrix}", "a b" * 190),
 ]
 PLAIN_GOLDS = ("5", r"\frac{1}{2}", "x^2+1", "(1,2)", r"\text{A}", "1011_2", "[0,1)", "0", "x=5")

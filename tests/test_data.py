@@ -214,7 +214,7 @@ def test_without_network_and_files_one_sentence_says_both_ways_out(monkeypatch):
         raise ConnectionError("no route to the hub")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(InputError, match="no route.*network.*--data"):
+    with pytest.raises(InputError, match=r"no route.*network.*--data"):
         math_problems("")
 
 
@@ -248,17 +248,19 @@ def test_a_problem_in_both_splits_is_named_whatever_its_spaces(tmp_path, rows):
 
 
 def test_the_prompts_are_the_papers_word_for_word():
-    assert data.MATH_PROMPT == (
-        "You are a math expert. When you respond, respond only with the Solution of the final "
-        "Problem, thinking step by step. At the end of the Solution, when you give your final answer, "
-        'write it in the form "Final Answer: The final answer is $answer$. I hope it is correct."'
-    )
-    assert data.MATH_CORRECTION == (
-        "There might be an error in the solution above because of lack of understanding of the "
-        "question. Please correct the error, if any, and rewrite the solution. Only output the final "
-        "solution! At the end of the Solution, when you give your final answer, write it in the form "
+    form = (
+        "At the end of the Solution, when you give your final answer, write it in the form "
         '"Final Answer: The final answer is $answer$. I hope it is correct."'
     )
+    assert (
+        "You are a math expert. When you respond, respond only with the Solution of the final "
+        f"Problem, thinking step by step. {form}"
+    ) == data.MATH_PROMPT
+    assert (
+        "There might be an error in the solution above because of lack of understanding of the "
+        "question. Please correct the error, if any, and rewrite the solution. "
+        f"Only output the final solution! {form}"
+    ) == data.MATH_CORRECTION
 
 
 def test_gemma_gets_its_own_layout_with_one_bos_no_system_role_and_end_of_turn():
@@ -269,8 +271,8 @@ def test_gemma_gets_its_own_layout_with_one_bos_no_system_role_and_end_of_turn()
     x1 = chat.x1(problem)
     assert x1.count(2) == 1 and x1[0] == 2 and 2 not in chat.p1
     assert tokenizer.decode(x1) == (
-        f"<bos><start_of_turn>user\n{data.MATH_PROMPT}\n\nProblem: What is {{1}} + 1?<end_of_turn>\n"
-        "<start_of_turn>model\n"
+        f"<bos><start_of_turn>user\n{data.MATH_PROMPT}\n\nProblem: What is {{1}} + 1?"
+        "<end_of_turn>\n<start_of_turn>model\n"
     )
     assert tokenizer.decode(chat.p1) == (
         f"\n<start_of_turn>user\n{data.MATH_CORRECTION}<end_of_turn>\n<start_of_turn>model\n"
@@ -287,8 +289,8 @@ def test_a_base_model_gets_a_plain_layout():
     tokenizer.chat_template = None
     chat = read_chat(tokenizer, gemma_model(tokenizer), "math")
     x1 = chat.x1(Problem("What is 1 + 1?", "2", "math", "p"))
-    assert tokenizer.decode(x1) == (
-        f"<bos>{data.MATH_PROMPT}\n\nProblem: What is 1 + 1?\n\nSolution:"
-    )
-    assert tokenizer.decode(chat.p1) == f"\n\n{data.MATH_CORRECTION}\n\nSolution:"
+    text = f"<bos>{data.MATH_PROMPT}\n\nProblem: What is 1 + 1?\n\nSolution:"
+    assert x1 == tokenizer(text, add_special_tokens=False).input_ids
+    again = f"\n\n{data.MATH_CORRECTION}\n\nSolution:"
+    assert chat.p1 == tokenizer(again, add_special_tokens=False).input_ids
     assert chat.close_id == 1
