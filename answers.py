@@ -6,18 +6,17 @@ r"""What does an answer say? It is read into a structure of values, and two of t
     "\text{(E)}", "e"                    a word
 
 An answer is a value, word, list, tuple, set of real numbers, matrix, number in a base, ratio,
-equation or inequality. `tidy` brings LaTeX, ASCII and Unicode to one spelling, `read` finds the
-structure by what stands outermost, `same` compares. What cannot be read raises `Unreadable`.
+equation or inequality. `read` finds the structure by what stands outermost, `same` compares two.
+What cannot be read raises `Unreadable`.
 Next to read: rewards.py.
 """
 
 import math
 import re
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 from expressions import (
-    FUNCTIONS,
     GREEK,
     HALF,
     ONE,
@@ -34,174 +33,21 @@ from expressions import (
     read_values,
     size,
 )
+from spelling import (
+    NOUNS,
+    OPENING,
+    SCALES,
+    TWISTS,
+    UNITS,
+    ZERO_TO_TWELVE,
+    closes,
+    depths,
+    tidy,
+)
 
 NESTED, LISTED = 20, 64  # brackets within brackets, items of a list
 
-# --- 1. One spelling --------------------------------------------------------------------------
-# Words become «words», "and" a comma, "or" ∨, the end of a matrix row ¶, \setminus ∖, \{ \} ⦃ ⦄.
-
-END = r"(?![a-zA-Z])"  # of a command
-RAISED, LOWERED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹]+"), str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
-UNICODE = str.maketrans(
-    {
-        **{"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot "},
-        **{"÷": "/", "⁄": "/", "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup ", "∈": r"\in "},
-        **{"°": r"^\circ ", "≈": r"\approx ", "±": r"\pm ", "∓": r"\mp ", "’": "'"},
-        **{"½": r"\frac12", "⅓": r"\frac13", "¼": r"\frac14", "¾": r"\frac34", "⅔": r"\frac23"},
-        **{"α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "θ": r"\theta ", "λ": r"\lambda "},
-        **{"φ": r"\phi ", "ω": r"\omega ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}"},
-    }
-)
-SPELLINGS = [
-    (re.compile(pattern.replace("END", END), re.DOTALL), new)
-    for pattern, new in (
-        (r"[«»¶∨⦃⦄∖]|(?<=\d)'|\\not(?:in|\s*\\in)END", r"\\unknown "),
-        (r"(?:√|(?<![\\a-zA-Z])sqrt)\s*(\d+)", r"\\sqrt{\1}"),
-        (r"√", r"\\sqrt "),
-        (r"\\\\(?:\[[^]]*\])?", "¶"),
-        (r"\\(?:left|right|[bB]igg?[lrm]?)END(?:\s*\.)?", " "),
-        (r"\\(?:displaystyle|textstyle|limits|cr|angle|triangle)END", " "),
-        (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|[^\s{])", " "),
-        (r"\\langleEND", "("),
-        (r"\\rangleEND", ")"),
-        # Digits in threes: 1{,}000  1,\!000  1\,000; plain 1,000 is seen to in `thousands`.
-        (r"(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!|\\,(?=\d{3}\b))\s*(?=\d{3})", ""),
-        (r"^(\s*-?)\s*\\\$\s*(-?[\d.,]+)$", r"\1\2 dollars"),
-        (r"\\[!,:;> ]|\\q?quadEND|~|\\(?=\n)|\{\s*\}", " "),
-        (r"\\\{|\\lbraceEND", "⦃"),
-        (r"\\\}|\\rbraceEND", "⦄"),
-        (r"\\lbrackEND", "["),
-        (r"\\rbrackEND", "]"),
-        (r"\\?\$|\\[()\[\]]", " "),
-        (r"^\s*\\(?:boxed|fbox)(?=\s*\{)", " "),
-        (r"\\[dtc](frac|binom)END", r"\\\1"),
-        (r"\{([^{}]*)\\chooseEND([^{}]*)\}", r"\\binom{\1}{\2}"),
-        (r"\{([^{}]*)\\overEND([^{}]*)\}", r"\\frac{\1}{\2}"),
-        (r"\\[lc]?dotsEND|\.\.\.|…", "«dots»"),
-        (r"\\(?:mathbb|mathbf|Bbb)\s*\{?R\}?", "«all real numbers»"),
-        (r"\\(?:mathbf|mathit|boldsymbol|bm|mathsf|mathcal|vec|hat|overrightarrow)END", " "),
-        (r"(?<![A-Za-z_^}])\{([A-Za-z])\}(?=\s*=)", r"\1"),  # \mathbf{M} =
-        (r"\\overline(?=\s*\{\s*[A-Z]{2}\s*\})", " "),
-        (r"\\(?:overline|bar)\s*\{?\s*([A-Za-z])\s*\}?", r"\1_{bar}"),
-        (r"(?<=[A-Za-z])'", "_{prime}"),
-        (r"\\(?:varnothing|emptyset)END|⦃\s*⦄", "«empty set»"),
-        (
-            r"⦃\s*[a-z]\s*(?:\\inEND\s*«all real numbers»)?\s*(?:\||:|\\midEND)"
-            r"([^⦃⦄:]*(?:[<>=≤≥≠]|\\[gln]eq?)[^⦃⦄:]*)⦄",
-            r"\1",
-        ),
-        (r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup "),
-        (r"\\(?:setminus|backslash)END|(?<=numbers»)\s*[-\\]\s*(?=⦃)", "∖"),
-        (r"(?<=\d)\s*([aApP])\.\s*[mM]\b\.?", r" \1m"),
-        (r"\\(?:leq|leqslant|le)END|<=", r"≤"),
-        (r"\\(?:geq|geqslant|ge)END|>=", r"≥"),
-        (r"\\neq?END|!=|\\not\s*=", r"≠"),
-        (r"\\ltEND", "<"),
-        (r"\\gtEND", ">"),
-        (r"\\approxEND", "≈"),
-        (r"\\(?:[lr]?vert|mid)END", "|"),
-        (r"\\(?:land|wedge)END", ","),
-        (r"\\(?:lor|vee)END", "∨"),
-        (r"\\colonEND", ":"),
-    )
-]
-TEXT = re.compile(
-    r"\\(text(?:normal|rm|bf|it|sf|tt|up)?|[mh]box|mathrm|operatorname)\s*\{([^{}]*)\}"
-)
-KEPT_IN_TEXT = re.compile(r"((?<![A-Za-z^\d.])\d[\d.,:/]*|[(),;:%=&]|\band\b|\bor\b)")
-WORDS = re.compile(r"\s*(?:[A-Za-z\s./-]*|[A-Za-z\s./]+\^?\{?[23]\}?|[A-Z0-9]+)\s*")
-RUN = re.compile(r"\\(?:begin|end)\s*\{\w+\}|\\[A-Za-z]+|«[^»]*»|([A-Za-z]{2,})")
-
-# What a unit is called, by its short name; other words after a number may be there or not.
-UNITS = {
-    spelling: names.split()[0]
-    for names in (
-        "cm centimeter centimeters centimetre centimetres", "mm millimeter millimeters",
-        "m meter meters metre metres", "km kilometer kilometers kilometre kilometres",
-        "in inch inches", "ft foot feet", "yd yard yards", "mi mile miles", "mg milligrams",
-        "g gm gram grams", "kg kilogram kilograms", "lb lbs pound pounds", "oz ounce ounces",
-        "s sec second seconds", "min minute minutes", "h hr hrs hour hours", "day days",
-        "week weeks", "month months", "year years", "cent cents", "dollar dollars usd",
-        "euro euros", "l liter liters litre litres", "ml milliliter milliliters", "mph", "kph",
-        "am", "pm",
-    )
-    for spelling in names.split()
-}  # fmt: skip
-SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-ZERO_TO_TWELVE = "zero one two three four five six seven eight nine ten eleven twelve".split()
-# Words that may stand behind a number or not: known units, nouns in the plural, and these. But with
-# a twist among them the number is not what it was.
-NOUNS = set(
-    "unit way degree radian point percent people men women children sq square cubic".split()
-)
-TWISTS = set(
-    "not no nor never than if when unless except squared cubed factorial minus plus times dozen "
-    "all dozens dots wrong incorrect false half halves maybe perhaps but base mod modulo more less "
-    "most least to vs versus hundreds thousands millions billions trillions thirds quarters "
-    "fourths fifths sixths sevenths eighths ninths tenths hundredths thousandths pairs scores "
-    "minuses negatives ones twos threes fours fives sixes sevens eights nines tens xor".split()
-)
-
-
-def tidy(text: str) -> str:
-    """The same answer in one spelling."""
-    text = RAISED.sub(lambda raised: f"^{{{raised[0].translate(LOWERED)}}}", text)
-    text = text.translate(UNICODE)
-    for pattern, new in SPELLINGS:
-        text = pattern.sub(new, text)
-    text = RUN.sub(spell_run, TEXT.sub(spell_text, text))
-    text = trim(re.sub(r",(\s*,)+", ",", text))
-    while text[:1] + text[-1:] == "{}" and closes(text) == len(text) - 1:
-        text = trim(text[1:-1])
-    return text
-
-
-def trim(text: str) -> str:
-    return re.sub(r"(?<!\\)[\s.,;]+$", "", text).strip()
-
-
-def spell_text(found: re.Match) -> str:
-    r"""\text{..}: numbers and separators as they are, and the rest «words»."""
-    command, content = found.groups()
-    word = content.strip()
-    if command in ("mathrm", "operatorname") and (word in FUNCTIONS or word in ("i", "e")):
-        return rf"\{word} " if word in FUNCTIONS else word
-    pieces = KEPT_IN_TEXT.split(content.replace("'", ""))
-    for index in range(0, len(pieces), 2):
-        words = pieces[index].strip()
-        if not WORDS.fullmatch(words):
-            return r" \unknown "
-        pieces[index] = f"«{words}»" if words.strip(".") else " "
-    return " " + "".join(pieces) + " "
-
-
-def spell_run(found: re.Match) -> str:
-    """Letters side by side: a function, a separator, a word, or variables."""
-    letters = found[1]
-    if letters is None:  # a command or a word already
-        return found[0]
-    lower, before, behind = (
-        letters.lower(),
-        found.string[: found.start()],
-        found.string[found.end() :],
-    )
-    if lower in ("and", "or"):
-        return "," if lower == "and" else "∨"
-    if lower in ("infinity", "inf", "oo"):
-        return r"\infty "
-    if letters == "sec" and not behind.strip(" .$"):
-        return "«sec»"
-    for name in (*FUNCTIONS, "sqrt", "pi"):
-        first, last = letters.removesuffix(name), letters.removeprefix(name)
-        if not last or (len(first) < 2 and first != letters) or (len(last) < 2 and last != letters):
-            return f"{first if last == letters else ''}\\{name} {last if first == letters else ''}"
-    apart = not before or before[-1] in " (,;[⦃»∨/=" or lower in {"sq", "cu", *UNITS}
-    return (
-        f"«{letters}»" if apart and (len(letters) > 3 or lower in {"sq", "cu", *UNITS}) else letters
-    )
-
-
-# --- 2. Structure -----------------------------------------------------------------------------
+# --- 1. Structure -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -209,8 +55,9 @@ class Answer:
     """kind: value, word, list, tuple, reals, matrix, base, ratio, equation or inequality.
 
     parts: what it is made of, as its kind needs it. name: that of `x` in `x = 5` and `x > 3`.
-    unit: a known unit. marks: the brackets of a tuple, the sign of an inequality. values: those of
-    a word that reads as variables too, or of left - right where a value came as an equation.
+    unit: a known unit. marks: the brackets of a tuple or set, the sign of an inequality, ± or ∨ of
+    a list, : of a time. values: those of a word that reads as variables too, or of left - right
+    where a value came as an equation.
     """
 
     kind: str
@@ -221,7 +68,6 @@ class Answer:
     values: tuple[Number, ...] = ()
 
 
-OPENING, CLOSING = "([{⦃", ")]}⦄"
 RELATION = re.compile(r"[=<>≤≥≠≈]")
 VARIABLE = re.compile(
     rf"\s*((?:{GREEK.pattern}|[A-Z]{{2}}|[A-Za-z])(?:_\w|_\{{\w+\}})?)\s*"
@@ -286,24 +132,19 @@ def as_list(items: list[Answer], either: bool) -> Answer:
 
 def split(text: str, separators: str, within: bool = False) -> list[str]:
     """Cut at separators outside of brackets; 1,000 is one number, but not within brackets."""
-    parts, depth, start, grouped = [], 0, 0, set() if within else thousands(text)
-    for at, letter in enumerate(text):
-        depth += (letter in OPENING) - (letter in CLOSING)
-        if depth < 0:
-            break
-        if letter in separators and not depth and at not in grouped:
-            parts.append(text[start:at])
-            start = at + 1
-    if depth:
+    depth, grouped = depths(text), set() if within else thousands(text)
+    if text and (min(depth) < 0 or depth[-1]):
         raise Unreadable("brackets do not match")
-    return [*parts, text[start:]]
+    cuts = [at for at, letter in enumerate(text) if letter in separators and not depth[at]]
+    cuts = [-1, *(at for at in cuts if at not in grouped), len(text)]
+    return [text[start + 1 : end] for start, end in pairwise(cuts)]
 
 
 def thousands(text: str) -> set[int]:
     """Where commas group the digits of a number, as in 1,000 but not within (1,000)."""
-    depths = list(accumulate((letter in OPENING) - (letter in CLOSING) for letter in text))
+    depth = depths(text)
     spans = [range(*found.span()) for found in THOUSANDS.finditer(text)]
-    return {at for span in spans for at in span if text[at] == "," and not depths[at]}
+    return {at for span in spans for at in span if text[at] == "," and not depth[at]}
 
 
 def read_item(text: str, depth: int) -> Answer:
@@ -347,12 +188,6 @@ def set_of(text: str, depth: int) -> tuple:
     if answer.kind == "value":
         raise Unreadable("a number is no set")
     return intervals(answer)
-
-
-def closes(text: str) -> int:
-    """Where the bracket that opens the text closes."""
-    depths = accumulate((letter in OPENING) - (letter in CLOSING) for letter in text)
-    return next((at for at, depth in enumerate(depths) if not depth), -1)
 
 
 def read_number(text: str) -> Answer:
@@ -490,7 +325,7 @@ def unit_name(words: list[str]) -> str:
     return {"mi h": "mph", "km h": "kph"}.get(name, name if known else "")
 
 
-# --- 3. Relations, and sets of real numbers ---------------------------------------------------
+# --- 2. Relations, and sets of real numbers ---------------------------------------------------
 
 ENDS = (-math.inf, math.inf)
 FLIPPED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤", "≠": "≠"}
@@ -664,7 +499,7 @@ def holds(x: Number, parts: tuple) -> bool:
     )
 
 
-# --- 4. Comparison ----------------------------------------------------------------------------
+# --- 3. Comparison ----------------------------------------------------------------------------
 
 
 def same(one: Answer, two: Answer) -> bool:

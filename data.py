@@ -281,8 +281,8 @@ def read_jsonl(path: Path) -> list[dict]:
 # For base models, which have no chat template. NOT STATED: any layout.
 PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.content }}"
-    "{% if message.role == 'user' %}\n\nSolution:"
-    "{% else %}{{ eos_token }}\n\n{% endif %}{% endfor %}"
+    "{% if message.role == 'user' %}{{ '\n\nSolution:' }}"
+    "{% else %}{{ eos_token + '\n\n' }}{% endif %}{% endfor %}"
 )
 
 

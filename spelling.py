@@ -1,0 +1,181 @@
+r"""How is an answer spelt? LaTeX, ASCII and Unicode are brought to one spelling.
+
+    \left( \tfrac12,\, 1{,}000 \right)        (\frac12, 1000)
+    3 \text{ or } 4 \text{ feet}              3 ∨ 4 «feet»
+    x<=5, √3/2                               x≤5, \sqrt{3}/2
+
+Words become «words», "and" a comma, "or" ∨, the end of a matrix row ¶, \setminus ∖, and the braces
+of a set ⦃ ⦄, so that answers.py can tell them from variables, exponents and groups. What a model
+writes with these signs itself becomes \unknown, and is not read. Next to read: answers.py.
+"""
+
+import re
+from itertools import accumulate
+
+from expressions import FUNCTIONS
+
+END = r"(?![a-zA-Z])"  # of a command
+RAISED, LOWERED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹]+"), str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
+UNICODE = str.maketrans(
+    {
+        **{"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot "},
+        **{"÷": "/", "⁄": "/", "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup ", "∈": r"\in "},
+        **{"°": r"^\circ ", "≈": r"\approx ", "±": r"\pm ", "∓": r"\mp ", "’": "'"},
+        **{"½": r"\frac12", "⅓": r"\frac13", "¼": r"\frac14", "¾": r"\frac34", "⅔": r"\frac23"},
+        **{"α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "θ": r"\theta ", "λ": r"\lambda "},
+        **{"φ": r"\phi ", "ω": r"\omega ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}"},
+    }
+)
+SPELLINGS = [
+    (re.compile(pattern.replace("END", END), re.DOTALL), new)
+    for pattern, new in (
+        (r"[«»¶∨⦃⦄∖]|(?<=\d)'|\\not(?:in|\s*\\in)END", r"\\unknown "),
+        (r"(?:√|(?<![\\a-zA-Z])sqrt)\s*(\d+)", r"\\sqrt{\1}"),
+        (r"√", r"\\sqrt "),
+        (r"\\\\(?:\[[^]]*\])?", "¶"),
+        (r"\\(?:left|right|[bB]igg?[lrm]?)END(?:\s*\.)?", " "),
+        (r"\\(?:displaystyle|textstyle|limits|cr|angle|triangle)END", " "),
+        (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|[^\s{])", " "),
+        (r"\\langleEND", "("),
+        (r"\\rangleEND", ")"),
+        # Digits in threes: 1{,}000  1,\!000  1\,000; plain 1,000 is seen to in `thousands`.
+        (r"(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!|\\,(?=\d{3}\b))\s*(?=\d{3})", ""),
+        (r"^(\s*-?)\s*\\\$\s*(-?[\d.,]+)$", r"\1\2 dollars"),
+        (r"\\[!,:;> ]|\\q?quadEND|~|\\(?=\n)|\{\s*\}", " "),
+        (r"\\\{|\\lbraceEND", "⦃"),
+        (r"\\\}|\\rbraceEND", "⦄"),
+        (r"\\lbrackEND", "["),
+        (r"\\rbrackEND", "]"),
+        (r"\\?\$|\\[()\[\]]", " "),
+        (r"^\s*\\(?:boxed|fbox)(?=\s*\{)", " "),
+        (r"\\[dtc](frac|binom)END", r"\\\1"),
+        (r"\{([^{}]*)\\chooseEND([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (r"\{([^{}]*)\\overEND([^{}]*)\}", r"\\frac{\1}{\2}"),
+        (r"\\[lc]?dotsEND|\.\.\.|…", "«dots»"),
+        (r"\\(?:mathbb|mathbf|Bbb)\s*\{?R\}?", "«all real numbers»"),
+        (r"\\(?:mathbf|mathit|boldsymbol|bm|mathsf|mathcal|vec|hat|overrightarrow)END", " "),
+        (r"(?<![A-Za-z_^}])\{([A-Za-z])\}(?=\s*=)", r"\1"),  # \mathbf{M} =
+        (r"\\overline(?=\s*\{\s*[A-Z]{2}\s*\})", " "),
+        (r"\\(?:overline|bar)\s*\{?\s*([A-Za-z])\s*\}?", r"\1_{bar}"),
+        (r"(?<=[A-Za-z])'", "_{prime}"),
+        (r"\\(?:varnothing|emptyset)END|⦃\s*⦄", "«empty set»"),
+        (
+            r"⦃\s*[a-z]\s*(?:\\inEND\s*«all real numbers»)?\s*(?:\||:|\\midEND)"
+            r"([^⦃⦄:]*(?:[<>=≤≥≠]|\\[gln]eq?)[^⦃⦄:]*)⦄",
+            r"\1",
+        ),
+        (r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup "),
+        (r"\\(?:setminus|backslash)END|(?<=numbers»)\s*[-\\]\s*(?=⦃)", "∖"),
+        (r"(?<=\d)\s*([aApP])\.\s*[mM]\b\.?", r" \1m"),
+        (r"\\(?:leq|leqslant|le)END|<=", r"≤"),
+        (r"\\(?:geq|geqslant|ge)END|>=", r"≥"),
+        (r"\\neq?END|!=|\\not\s*=", r"≠"),
+        (r"\\ltEND", "<"),
+        (r"\\gtEND", ">"),
+        (r"\\approxEND", "≈"),
+        (r"\\(?:[lr]?vert|mid)END", "|"),
+        (r"\\(?:land|wedge)END", ","),
+        (r"\\(?:lor|vee)END", "∨"),
+        (r"\\colonEND", ":"),
+    )
+]
+TEXT = re.compile(
+    r"\\(text(?:normal|rm|bf|it|sf|tt|up)?|[mh]box|mathrm|operatorname)\s*\{([^{}]*)\}"
+)
+KEPT_IN_TEXT = re.compile(r"((?<![A-Za-z^\d.])\d[\d.,:/]*|[(),;:%=&]|\band\b|\bor\b)")
+WORDS = re.compile(r"\s*(?:[A-Za-z\s./-]*|[A-Za-z\s./]+\^?\{?[23]\}?|[A-Z0-9]+)\s*")
+BARE_WORDS = {"and": ",", "or": "∨"} | dict.fromkeys(("infinity", "inf", "oo"), r"\infty ")
+RUN = re.compile(r"\\(?:begin|end)\s*\{\w+\}|\\[A-Za-z]+|«[^»]*»|([A-Za-z]{2,})")
+
+# What a unit is called, by its short name; other words after a number may be there or not.
+UNITS = {
+    spelling: names.split()[0]
+    for names in (
+        "cm centimeter centimeters centimetre centimetres", "mm millimeter millimeters",
+        "m meter meters metre metres", "km kilometer kilometers kilometre kilometres",
+        "in inch inches", "ft foot feet", "yd yard yards", "mi mile miles", "mg milligrams",
+        "g gm gram grams", "kg kilogram kilograms", "lb lbs pound pounds", "oz ounce ounces",
+        "s sec second seconds", "min minute minutes", "h hr hrs hour hours", "day days",
+        "week weeks", "month months", "year years", "cent cents", "dollar dollars usd",
+        "euro euros", "l liter liters litre litres", "ml milliliter milliliters", "mph", "kph",
+        "am", "pm",
+    )
+    for spelling in names.split()
+}  # fmt: skip
+SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+ZERO_TO_TWELVE = "zero one two three four five six seven eight nine ten eleven twelve".split()
+# Words that may stand behind a number or not: known units, nouns in the plural, and these. But with
+# a twist among them the number is not what it was.
+NOUNS = set(
+    "unit way degree radian point percent people men women children sq square cubic".split()
+)
+TWISTS = set(
+    "not no nor never than if when unless except squared cubed factorial minus plus times dozen "
+    "all dozens dots wrong incorrect false half halves maybe perhaps but base mod modulo more less "
+    "most least to vs versus hundreds thousands millions billions trillions thirds quarters "
+    "fourths fifths sixths sevenths eighths ninths tenths hundredths thousandths pairs scores "
+    "minuses negatives ones twos threes fours fives sixes sevens eights nines tens xor".split()
+)
+
+
+OPENING, CLOSING = "([{⦃", ")]}⦄"
+
+
+def depths(text: str) -> list[int]:
+    """How many brackets of any kind are open at each character; a closing one is outside."""
+    return list(accumulate((letter in OPENING) - (letter in CLOSING) for letter in text))
+
+
+def closes(text: str) -> int:
+    """Where the bracket that opens the text closes."""
+    return next((at for at, depth in enumerate(depths(text)) if not depth), -1)
+
+
+def tidy(text: str) -> str:
+    """The same answer in one spelling."""
+    text = RAISED.sub(lambda raised: f"^{{{raised[0].translate(LOWERED)}}}", text)
+    text = text.translate(UNICODE)
+    for pattern, new in SPELLINGS:
+        text = pattern.sub(new, text)
+    text = RUN.sub(spell_run, TEXT.sub(spell_text, text))
+    text = trim(re.sub(r",(\s*,)+", ",", text))
+    while text[:1] + text[-1:] == "{}" and closes(text) == len(text) - 1:
+        text = trim(text[1:-1])
+    return text
+
+
+def trim(text: str) -> str:
+    return re.sub(r"(?<!\\)[\s.,;]+$", "", text).strip()
+
+
+def spell_text(found: re.Match) -> str:
+    r"""\text{..}: numbers and separators as they are, and the rest «words»."""
+    command, content = found.groups()
+    word = content.strip()
+    if command in ("mathrm", "operatorname") and (word in FUNCTIONS or word in ("i", "e")):
+        return rf"\{word} " if word in FUNCTIONS else word
+    pieces = KEPT_IN_TEXT.split(content.replace("'", ""))
+    for index in range(0, len(pieces), 2):
+        words = pieces[index].strip()
+        if not WORDS.fullmatch(words):
+            return r" \unknown "
+        pieces[index] = f"«{words}»" if words.strip(".") else " "
+    return " " + "".join(pieces) + " "
+
+
+def spell_run(found: re.Match) -> str:
+    """Letters side by side: a function, a separator, a word, or variables."""
+    letters = found[1]
+    if letters is None:  # a command or a word already
+        return found[0]
+    lower = letters.lower()
+    if lower in BARE_WORDS:
+        return BARE_WORDS[lower]
+    if letters == "sec" and not found.string[found.end() :].strip(" ."):
+        return "«sec»"  # ten seconds, not a secant
+    for name in (*FUNCTIONS, "sqrt", "pi"):
+        if glued := re.fullmatch(f"([A-Za-z]?){name}([A-Za-z]?)", letters):  # xsqrt(2), sinx
+            return rf"{glued[1]}\{name} {glued[2]}"
+    apart = found.string[: found.start()][-1:] in ("", *" (,;[⦃»∨/=")  # 5xyzw is a product
+    word = lower in UNITS or lower in NOUNS or (apart and len(letters) > 3)
+    return f"«{letters}»" if word else letters
