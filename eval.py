@@ -63,7 +63,9 @@ def edit_ratio(one: list[int], two: list[int]) -> float:
     distance grows (shrinks) by one from row i to i + 1 of the current column.
     """
     full, top = (1 << len(one)) - 1, 1 << max(len(one) - 1, 0)
-    where = {token: sum(1 << i for i, t in enumerate(one) if t == token) for token in set(one)}
+    where: dict[int, int] = {}
+    for i, token in enumerate(one):
+        where[token] = where.get(token, 0) | 1 << i
     rise, fall, distance = full, 0, len(one)
     for token in two:
         match = where.get(token, 0)

@@ -32,6 +32,7 @@ import argparse
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -55,9 +56,7 @@ class Config:
     """All settings of a run. Defaults are the built-in task's, and behind each those of `math`."""
 
     stage: str = flag("1,2", "stages in order, such as 1 or 1,2,1,2")
-    model: str = flag(
-        "builtin", "base: builtin, a checkpoint folder or a hub name", math="google/gemma-2-2b-it"
-    )
+    model: str = flag("builtin", "base: builtin, folder or hub name", math="google/gemma-2-2b-it")
     init: str = flag("", "checkpoint folder to start the policy from (default: base, or Stage I)")
     task: str = flag("sums", "what to learn: sums or math")
     data: str = flag("", "folder of MATH's JSONL files (default: from the Hugging Face hub)")
@@ -65,9 +64,7 @@ class Config:
     seed: int = flag(0, "of base model, data order and sampling")
     steps1: int = flag(300, "updates in Stage I; split NOT STATED, Table 8: 3000 in all", math=1500)
     steps2: int = flag(50, "updates in Stage II", math=1500)
-    batch: int = flag(
-        256, "episodes per step, k per problem; Table 8: 512, of NOT STATED", math=512
-    )
+    batch: int = flag(256, "episodes per step, k per problem; Table 8, of NOT STATED", math=512)
     k: int = flag(8, "samples per problem, at least 2; NOT STATED, RLOO's paper: 2 and 4", math=4)
     lr: float = flag(2.5e-4, "Adam's rate; Table 8: 5e-6, a small model takes more", math=5e-6)
     alpha: float = flag(10.0, "weight of the bonus; Table 8")
@@ -121,7 +118,7 @@ def leave_one_out(r: torch.Tensor, k: int) -> torch.Tensor:
 
 # --- 3. Log-probs and KL ---------------------------------------------------------------------
 
-HEAD_NUMBERS = 2**27  # logits that are held at once; float32, so half a GB, and several of these
+LOGITS_AT_ONCE = 2**27  # half a GB in float32, and some eight of these
 
 
 @dataclass(frozen=True)
@@ -232,11 +229,10 @@ def score(learner: Learner, tokens: torch.Tensor, numbers: torch.Tensor):
     hidden = models.last_hidden(learner.policy, tokens)[:, :-1][counts]  # (N, d)
     with torch.no_grad():
         ref_hidden = models.last_hidden(learner.ref, tokens)[:, :-1][counts]
-    size = max(1, HEAD_NUMBERS // learner.policy.config.vocab_size)
-    chunks = zip(
-        hidden.split(size), ref_hidden.split(size), chosen[counts].split(size), strict=True
-    )
-    scores = [checkpoint(score_tokens, learner, *chunk, use_reentrant=False) for chunk in chunks]
+    size = max(1, LOGITS_AT_ONCE // learner.policy.config.vocab_size)
+    parts = (part.split(size) for part in (hidden, ref_hidden, chosen[counts]))
+    score_chunk = partial(checkpoint, score_tokens, learner, use_reentrant=False)
+    scores = list(map(score_chunk, *parts))
     logp, kl = (torch.cat(parts) for parts in zip(*scores, strict=True))  # (N,)
     empty = torch.zeros(counts.shape, device=tokens.device)
     return empty.masked_scatter(counts, logp), empty.masked_scatter(counts, kl), own

@@ -2,12 +2,13 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
 import eval as evaluation
 from data import Problem
-from eval import edit_ratio, intervals, measure
+from eval import by_group, edit_ratio, intervals, measure
 from sample import Attempt, Episode
 
 PROBLEM = Problem("1+1 =", "2", "sums", "p")
@@ -39,6 +40,32 @@ def test_the_five_metrics_by_hand():
     assert metrics["length_t1"] == 2 and metrics["length_t2"] == 2.2
     assert metrics["cut_off"] == 0
     assert measure([episode("1", "1", 0.0, 0.0, finished=False)])["cut_off"] == 1
+
+
+def test_a_level_and_a_subject_have_metrics_of_their_own():
+    levels = [("5", "Algebra"), ("1", "Algebra"), ("5", "Geometry"), ("5", "Algebra"), ("", "")]
+    labelled = [
+        replace(e, problem=replace(PROBLEM, level=level, subject=subject))
+        for e, (level, subject) in zip(EPISODES, levels, strict=True)
+    ]
+    groups = by_group(labelled)
+    assert list(groups) == ["Algebra (3)", "Geometry (1)", "level 1 (1)", "level 5 (3)"]
+    assert groups["level 5 (3)"]["acc_t2"] == pytest.approx(2 / 3)  # EPISODES 0, 2 and 3
+    assert groups["level 5 (3)"]["delta"] == pytest.approx(0)
+    assert groups["Algebra (3)"]["delta"] == pytest.approx(0)
+    assert by_group(EPISODES) == {}
+
+
+def test_unreadable_is_the_share_of_attempts_without_an_answer():
+    assert measure([episode("1", "1 = 2", 0.0, 0.0), EPISODES[0]])["unreadable"] == 0.25
+
+
+def test_equal_answers_in_other_words_are_copies():
+    texts = (r"so \boxed{0.5}", r"thus \boxed{\frac12}"), (r"so \boxed{5}", r"thus \boxed{6}")
+    for (one, two), copied in zip(texts, (1, 0), strict=True):
+        attempts = (Attempt([1], [0.0], one, True, 0.0), Attempt([2], [0.0], two, True, 0.0))
+        math = Episode(replace(PROBLEM, task="math"), [1], attempts)
+        assert measure([math])["copied"] == copied
 
 
 def test_delta_is_gained_minus_lost_for_any_episodes():
@@ -124,6 +151,9 @@ def test_eval_writes_metrics_and_every_transcript(checkpoint, tmp_path, capsys):
         (["--model", "."], "no config.json"),
         (["--plot", "no/such/run"], "no/such/run"),
         (["--attempts", "two"], "--attempts"),
+        (["--rows", "0"], "--rows"),
+        (["--task", "chess"], "--task chess"),
+        (["--precision", "int4"], "--precision"),
         ([], "--model"),
     ],
 )

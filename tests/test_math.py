@@ -128,7 +128,7 @@ def test_chunks_of_the_head_change_nothing(small_gemma, monkeypatch):
     batch = collate([transcript(e, learner.chat) for e in episodes_of(learner)], "cpu")
     found = []
     for numbers in (2**27, 5000):  # all tokens at once, and five at a time
-        monkeypatch.setattr(score, "HEAD_NUMBERS", numbers)
+        monkeypatch.setattr(score, "LOGITS_AT_ONCE", numbers)
         logp, kl, _ = score.score(learner, *batch)
         (logp.sum() + kl.sum()).backward()
         found.append((logp, kl, [master.grad for master in learner.masters]))

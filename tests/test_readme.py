@@ -8,6 +8,8 @@ import pytest
 
 import eval as evaluation
 import score
+from data import TASKS
+from experiments import memory
 from runs import check_settings
 from sample import Attempt, Episode
 from score import Config
@@ -31,7 +33,7 @@ def test_every_command_parses(command):
     assert program == "python"
     if script == "score.py":
         typed = score.parse_flags(flags)
-        check_settings(Config(**typed))
+        check_settings(score.configure(typed))
     elif script == "eval.py":
         assert evaluation.parse_flags(flags)
     else:
@@ -52,6 +54,21 @@ def test_the_settings_it_names_are_the_defaults():
         f"learning rate {cfg.lr * 1e4:g}e-4",
     ):
         assert claim in README, claim
+
+
+def test_the_memory_table_is_what_its_command_prints():
+    assert memory.table(score.configure({"task": "math"})) in README
+
+
+def test_the_settings_of_math_are_table_8():
+    cfg = score.configure({"task": "math"})
+    assert (cfg.lr, cfg.batch, cfg.alpha, cfg.beta1, cfg.beta2) == (5e-6, 512, 10, 0.01, 0.1)
+    assert cfg.steps1 + cfg.steps2 == 3000 and cfg.temperature == 1 and cfg.max_new_tokens == 1024
+    assert score.configure({"task": "math", "lr": 1e-5}).lr == 1e-5
+    for task, known in TASKS.items():  # eval.py's defaults are score.py's
+        cfg = score.configure({"task": task})
+        asked = (cfg.max_new_tokens, cfg.precision, cfg.rows, cfg.problems)
+        assert asked == (known.max_new_tokens, known.precision, known.rows, known.held_out)
 
 
 def test_every_metric_is_in_its_table():
