@@ -308,6 +308,8 @@ def phrase(text: str) -> Answer:
         raise Unreadable("no word")
     if words in ("all real numbers", "all reals", "real numbers", "all real values"):
         return Answer("reals", ((-math.inf, False, math.inf, False),))
+    if words == "infinity":
+        return Answer("value", (math.inf,))
     if words in ZERO_TO_TWELVE:
         return read_number(str(ZERO_TO_TWELVE.index(words)))
     return Answer("word", (words,))

@@ -41,6 +41,7 @@ SPELLINGS = [
         # Digits in threes: 1{,}000  1,\!000  1\,000; plain 1,000 is seen to in `thousands`.
         (r"(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!|\\,(?=\d{3}\b))\s*(?=\d{3})", ""),
         (r"^(\s*-?)\s*\\\$\s*(-?[\d.,]+)$", r"\1\2 dollars"),
+        (r"\{([:=<>+])\}", r"\1"),
         (r"\\[!,:;> ]|\\q?quadEND|~|\\(?=\n)|\{\s*\}", " "),
         (r"\\\{|\\lbraceEND", "⦃"),
         (r"\\\}|\\rbraceEND", "⦄"),

@@ -57,7 +57,8 @@ def test_a_level_and_a_subject_have_metrics_of_their_own():
 
 
 def test_unreadable_is_the_share_of_attempts_without_an_answer():
-    assert measure([episode("1", "1 = 2", 0.0, 0.0), EPISODES[0]])["unreadable"] == 0.25
+    attempts = (EPISODES[0].attempts[0], Attempt([5], [0.0], "1 = 2", False, 0.0))
+    assert measure([Episode(PROBLEM, [1], attempts), EPISODES[0]])["unreadable"] == 0.25
 
 
 def test_equal_answers_in_other_words_are_copies():
