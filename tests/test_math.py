@@ -13,6 +13,7 @@ from gemma import FILES, fitted_checkpoint
 from test_runs import assert_equal, interrupt_at, run_score, signals, tree  # noqa: F401
 
 import eval as evaluation
+import models
 import score
 from data import load_problems, read_chat
 from models import load_checkpoint, make_masters
@@ -52,6 +53,8 @@ def test_training_moves_the_policy_with_live_rewards_in_bfloat16(finished, small
     assert read_chat(tokenizer, policy, "math").end_ids == (1, 107)
     masters = torch.load(finished / "state.pt", weights_only=True)["masters"]
     assert all(master.dtype == torch.float32 for master in masters)
+    kept = policy.parameters()  # the stage ended at its best checkpoint, masters and all
+    assert all(torch.equal(master, p.float()) for master, p in zip(masters, kept, strict=True))
 
 
 def test_an_interrupted_run_goes_on_bit_for_bit(finished, small_gemma, tmp_path, monkeypatch):
@@ -119,6 +122,16 @@ def test_sampled_log_probs_equal_the_scored_ones(small_gemma, precision, gap, te
             mine = logp[row][own[row] == number]
             torch.testing.assert_close(mine, torch.tensor(attempt.logp), rtol=0, atol=gap)
     assert kl.abs().max() == 0
+
+
+@pytest.mark.parametrize(("recompute", "calls"), [(0, 1), (1, 2)])
+def test_recompute_runs_each_layer_again_in_backward(small_gemma, recompute, calls):
+    learner = make_learner(small_gemma, "bfloat16", recompute=recompute)
+    models.recompute_activations(learner.policy)
+    episodes, called = episodes_of(learner), []
+    learner.policy.model.layers[0].mlp.register_forward_hook(lambda *_: called.append(1))
+    score.update(learner, episodes, 1)
+    assert len(called) == calls and not learner.policy.training
 
 
 def test_chunks_of_the_head_change_nothing(small_gemma, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_model
 from gemma import gemma_model, gemma_tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import models
 from data import InputError
@@ -114,7 +114,9 @@ def test_recomputing_is_refused_where_a_model_does_not_know_it(monkeypatch):
         models.recompute_activations(model)
 
 
-def test_loading_sets_the_precision_and_takes_dropout_out_and_gemma_2_gets_eager(tmp_path):
+def test_loading_sets_the_precision_and_takes_dropout_out_and_gemma_2_gets_eager(
+    tmp_path, monkeypatch
+):
     config = GPT2Config(vocab_size=115, n_embd=32, n_layer=1, n_head=2, resid_pdrop=0.3)
     save_checkpoint(tmp_path / "gpt2", GPT2LMHeadModel(config), builtin_tokenizer())
     model, _ = load_checkpoint(str(tmp_path / "gpt2"), "bfloat16")
@@ -126,7 +128,16 @@ def test_loading_sets_the_precision_and_takes_dropout_out_and_gemma_2_gets_eager
         assert torch.equal(model(tokens(model)).logits, model(tokens(model)).logits)
     tiny = builtin_model(builtin_tokenizer(), 0)
     save_checkpoint(tmp_path / "gemma", tiny, builtin_tokenizer())
+    asked, load = [], AutoModelForCausalLM.from_pretrained
+
+    def recorded(*args, **settings):
+        asked.append(settings["attn_implementation"])
+        return load(*args, **settings)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", recorded)
     assert load_checkpoint(str(tmp_path / "gemma"))[0].config._attn_implementation == "eager"
+    load_checkpoint(str(tmp_path / "gpt2"))
+    assert asked == ["eager", None]  # asked for by name, since the default may drop the softcap
 
 
 def test_the_kv_cache_is_gone_when_the_rollout_returns(chat, problems):

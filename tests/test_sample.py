@@ -7,7 +7,7 @@ import torch
 from conftest import make_model
 
 from data import read_chat
-from sample import Sampling, draw, rollout, segments
+from sample import Sampling, draw, micro_batches, rollout, segments
 from sft import builtin_tokenizer
 
 
@@ -112,6 +112,15 @@ def test_the_pad_token_may_be_the_end_token(problems):
     tokenizer.pad_token = tokenizer.eos_token
     same = rollout(model, read_chat(tokenizer, model, "sums"), problems, Sampling(2, 6, 1.0))
     assert same == plain
+
+
+def test_micro_batches_hold_rows_of_similar_length_within_the_budget():
+    lengths = [3, 10, 4, 9, 2, 30, 8, 1]
+    batches = micro_batches(lengths, budget=20)
+    assert batches == [[5], [1, 3], [6, 2], [0, 4, 7]]  # longest first; 30 is over it, and alone
+    assert sorted(row for batch in batches for row in batch) == list(range(8))
+    for batch in batches[1:]:
+        assert max(lengths[row] for row in batch) * len(batch) <= 20
 
 
 def test_continued_episodes_keep_their_first_attempts(model, chat, problems):
