@@ -45,14 +45,14 @@ from spelling import (
     tidy,
 )
 
-NESTED, LISTED = 20, 64  # brackets within brackets, items of a list
+NESTED, LISTED, JOINED = 20, 32, 16  # brackets within brackets, items, intervals or sides
 
 # --- 1. Structure -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Answer:
-    """kind: value, word, list, tuple, reals, matrix, base, ratio, equation or inequality.
+    """kind: value, word, list, tuple, reals, matrix, base, ratio, equation, inequality, chain.
 
     parts: what it is made of, as its kind needs it. name: that of `x` in `x = 5` and `x > 3`.
     unit: a known unit. marks: the brackets of a tuple or set, the sign of an inequality, ± or ∨ of
@@ -75,20 +75,20 @@ VARIABLE = re.compile(
 )
 MEMBER = re.compile(r"([^=<>]*)\\in(?![a-zA-Z])")
 MATRIX = re.compile(
-    r"([^=]*?)\\begin\s*\{([pbB]?matrix|smallmatrix|array)\}(?:\{[^}]*\})?(.*)\\end\s*\{\2\}",
+    r"([^=]*?)\\begin\s*\{([pbB]?matrix|smallmatrix|array)\}(?:\{[lcr|\s]*\})?(.*)\\end\s*\{\2\}",
     re.DOTALL,
 )
 BASE = re.compile(
-    r"[({]*(-?(?:[0-9A-Z.]*\d[0-9A-Z]*|[A-Z]+))[)}]*_\{?\(?(\w+)\)?\}?", re.ASCII
-)  # without spaces and « »
+    r"[({\s]*(-?(?:[0-9A-Z.]*\d[0-9A-Z]*|[A-Z]+))[)}\s]*_\s*\{?\(?\s*(\w+)\s*\)?\}?", re.ASCII
+)  # without « »
 POINT = re.compile(r"\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\)")
-CLOCK = re.compile(r"\d{1,2}(?:\s*:\s*\d\d){1,2}")
+CLOCK = re.compile(r"(?:[01]?\d|2[0-4])(?:\s*:\s*[0-5]\d){1,2}")
 UNIT = re.compile(r"«[^»]*»(?:«[^»]*»|\^\{?[23]\}?|[\s/])*")
 SCIENTIFIC = re.compile(r"(-?\d+(?:\.\d+)?)[eE]([+-]?\d{1,3})", re.ASCII)
 MARK = re.compile(r"\s*(?:\\%|%|\^\s*\{\s*\\circ\s*\}|\^?\s*\\(?:circ|degree))\s*\Z")
 OPERATION = re.compile(r"(?<=[\w)}])\s*[-+*]|\\(?:cdot|times|pm|mp)")
 READS_DEGREES = re.compile(r"\\(?:sin|cos|tan|sec|csc|cot)")
-COSTLY = re.compile(r"[!^]|\\(?:sqrt|binom|exp|l?n|log|arc|sin|cos|tan|sec|csc|cot)")
+COSTLY = re.compile(r"[!^]|\\(?:pm|mp|sqrt|binom|exp|l?n|log|arc|sin|cos|tan|sec|csc|cot)")
 MOST_COSTLY = 48  # powers, roots, functions, factorials in an answer: an attack has hundreds
 INFINITE = re.compile(r"([+-]?)\s*\\infty\s*")
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
@@ -119,8 +119,7 @@ def as_list(items: list[Answer], either: bool) -> Answer:
     """Answers without order; inequalities joined by "or" are one set of numbers."""
     names = {item.name for item in items}
     kinds = {item.kind for item in items}
-    one_name = len(names) == 1 and (names != {""} or kinds == {"reals"})
-    if either and one_name and "reals" in kinds <= {"reals", "value"}:
+    if either and len(names) == 1 and names != {""} and "reals" in kinds <= {"reals", "value"}:
         return Answer("reals", tuple(i for item in items for i in intervals(item)), names.pop())
     names -= {""}
     if len(names) == 1:  # x = 2 or x = 3 is a list of two values
@@ -142,7 +141,7 @@ def split(text: str, separators: str, within: bool = False) -> list[str]:
 
 def thousands(text: str) -> set[int]:
     """Where commas group the digits of a number, as in 1,000 but not within (1,000)."""
-    depth = depths(text)
+    depth = depths(text, "([⦃", ")]⦄")
     spans = [range(*found.span()) for found in THOUSANDS.finditer(text)]
     return {at for span in spans for at in span if text[at] == "," and not depth[at]}
 
@@ -157,16 +156,16 @@ def read_item(text: str, depth: int) -> Answer:
     if found := INFINITE.fullmatch(text):
         return Answer("value", (-math.inf if found[1] == "-" else math.inf,))
     if len(parts := split(re.sub(r"\\cup(?![a-zA-Z])", "∪", text), "∪")) > 1:
-        return Answer("reals", tuple(i for part in parts for i in set_of(part, depth)))
+        return Answer("reals", few(i for part in few(parts) for i in set_of(part, depth)))
     if len(parts := split(text, "∖")) == 2:
-        return Answer("reals", without(*(set_of(part, depth) for part in parts)))
+        return Answer("reals", without(*(few(set_of(part, depth)) for part in parts)))
     if found := MATRIX.fullmatch(text):
         return read_matrix(*found.group(1, 3))
     if RELATION.search(text):
         return read_relation(text, depth)
     if text[0] in OPENING and closes(text) == len(text) - 1:
         return read_bracketed(text, depth)
-    found = BASE.fullmatch(re.sub(r"[«»\s]", "", text)) if "_" in text else None
+    found = BASE.fullmatch(re.sub(r"\s*[«»]\s*", "", text)) if "_" in text else None
     if found and (based := read_base(*found.groups())):
         return based
     if re.fullmatch(r"[A-Za-z]+", text):
@@ -175,11 +174,19 @@ def read_item(text: str, depth: int) -> Answer:
         return read_words(text, depth)
     if len(parts := split(text, ":")) > 1:
         marks = ":" if CLOCK.fullmatch(text) else ""
-        return Answer("ratio", tuple(constant(part) for part in parts), marks=marks)
+        return Answer("ratio", tuple(constant(part) for part in few(parts)), marks=marks)
     if found := SCIENTIFIC.fullmatch(text):
         text = f"{found[1]} \\cdot 10^{{{found[2]}}}"
     grouping = thousands(text)
     return read_number("".join(x for at, x in enumerate(text) if at not in grouping))
+
+
+def few(parts) -> tuple:
+    """As many as an answer joins, or Unreadable: each is compared with each."""
+    parts = tuple(parts)
+    if len(parts) > JOINED:
+        raise Unreadable("too many parts")
+    return parts
 
 
 def set_of(text: str, depth: int) -> tuple:
@@ -233,7 +240,7 @@ def read_bracketed(text: str, depth: int) -> Answer:
 
 def read_matrix(factor: str, body: str) -> Answer:
     """Rows of values, times what stands before."""
-    rows = [split(row, "&") for row in body.split("¶") if row.strip()]
+    rows = [few(split(row, "&")) for row in few(body.split("¶")) if row.strip()]
     if not rows or len({len(row) for row in rows}) > 1:
         raise Unreadable("no matrix")
     factors = read_values(factor) if factor.strip() else (ONE,)
@@ -292,7 +299,7 @@ def read_words(text: str, depth: int) -> Answer:
 def is_unit(words: list[str]) -> bool:
     """May these words stand behind a number or not?"""
     words = [word.rstrip("23^") for word in words if word.rstrip("23^")]
-    if TWISTS & set(words) or set(ZERO_TO_TWELVE) & set(words) or len(words) > 5:
+    if not words or TWISTS & set(words) or set(ZERO_TO_TWELVE) & set(words) or len(words) > 5:
         return False
     if "".join(words) in ("am", "pm"):
         return True
@@ -337,6 +344,7 @@ def read_relation(text: str, depth: int) -> Answer:
     """name = value, an equation, an inequality, or a chain of them."""
     signs = RELATION.findall(text)
     sides = [side.strip() for side in split(RELATION.sub("\0", text), "\0")]
+    few(sides)
     if len(sides) != len(signs) + 1:
         raise Unreadable("a relation within brackets")
     if signs[-1] == "≈" and "≈" not in signs[:-1]:
@@ -356,6 +364,8 @@ def read_approximation(text: str, sides: list[str], depth: int) -> Answer:
     if len(sides) == 2 and (not exact or VARIABLE.fullmatch(exact)):
         return replace(read(near, depth), name=exact)
     decimals = re.search(r"\.(\d+)", near)
+    if not re.fullmatch(r"-?\d*\.?\d+", near):
+        raise Unreadable("no rounded number")
     unit = read_value(f"10^{{-{len(decimals[1]) if decimals else 0}}}")[0]
     if below(multiply(HALF, unit), size(add(constant(exact), -constant(near)))):
         raise Unreadable("two answers")
@@ -370,7 +380,10 @@ def read_equation(sides: list[str], depth: int) -> Answer:
     if len(sides) == 2 and POINT.fullmatch(sides[0]):
         return read_point(name, read(sides[1], depth))
     if len(sides) == 2 and re.fullmatch(r"«[^»]*»", sides[0]):
-        return replace(read(sides[1], depth), name=name)
+        answer = read(sides[1], depth)
+        if answer.kind == "word" or TWISTS & set(re.findall(r"\w+", sides[0].lower())):
+            raise Unreadable("words on the left that are no name")
+        return replace(answer, name=name)
     named = VARIABLE.fullmatch(sides[0])
     letter = named and (named[1] or named[2].partition("^")[0])
     if len(sides) == 2 and not (named and letter not in variables(sides[1])):
@@ -418,7 +431,7 @@ def read_inequality(sides: list[str], signs: list[str]) -> Answer:
         sides, signs = sides[::-1], [FLIPPED[sign] for sign in reversed(signs)]
     links = zip(signs, pairwise(sides), strict=True)
     chain = tuple(Answer("inequality", difference(*pair), marks=sign) for sign, pair in links)
-    return chain[0] if len(chain) == 1 else Answer("tuple", chain)
+    return chain[0] if len(chain) == 1 else Answer("chain", chain)
 
 
 def read_bounds(sides: list[str], signs: list[str], named: int) -> Answer:
@@ -543,11 +556,20 @@ def same_values(one: tuple, two: tuple) -> bool:
     """The same at every point where a value is real, or at all points if none is."""
     if not one or not two:
         return False
-    pairs = [pair for pair in aligned(one, two) if None not in pair]
+    pairs = compared(aligned(one, two))
     if isinstance(one[0], float) or isinstance(two[0], float):
         return all(alike(x, y) for x, y in pairs)
     with_reals = [pair for pair in pairs if any(map(is_real, pair))]
     return all(equal(x, y) for x, y in with_reals or pairs)
+
+
+def compared(pairs) -> list[tuple]:
+    """The pairs that have both values; Unreadable if too few points are left."""
+    pairs = list(pairs)
+    found = [pair for pair in pairs if None not in pair]
+    if len(found) < min(3, len(pairs)):
+        raise Unreadable("no value at most points")
+    return found
 
 
 def same_items(one: Answer, two: Answer) -> bool:
@@ -587,12 +609,12 @@ def proportional(one: tuple, two: tuple) -> bool:
     """Do two ratios, or left - right of two equations at each point, differ by a factor?"""
     if len(one) != len(two) or not one or one[0] == 0 or two[0] == 0:
         return False
-    pairs = [pair for pair in zip(one, two, strict=True) if None not in pair]
+    pairs = compared(zip(one, two, strict=True))
     return all(equal(multiply(x, two[0]), multiply(y, one[0])) for x, y in pairs)
 
 
 def same_ratio(one: Answer, two: Answer) -> bool:
-    if one.marks and two.marks:  # times of day: 3:08 is not 9:24
+    if one.marks or two.marks:  # times of day: 3:08 is not 9:24
         return one.parts == two.parts
     return proportional(one.parts, two.parts)
 
@@ -606,6 +628,7 @@ def same_inequality(one: Answer, two: Answer) -> bool:
 COMPARISONS = {
     "list": same_items,
     "tuple": same_tuple,
+    "chain": same_tuple,
     "matrix": same_matrix,
     "base": lambda one, two: one.parts == two.parts,
     "ratio": same_ratio,

@@ -23,13 +23,13 @@ from sympy import integer_nthroot
 MP = MPContext()
 MP.dps = 70
 CLOSE = MP.mpf(10) ** -55  # relative; equal values differ by rounding alone
-LARGEST, SMALLEST = MP.mpf(10) ** 45, MP.mpf(10) ** -45  # of inexact numbers: else +1 would be lost
+LARGEST, SMALLEST = MP.mpf(10) ** 30, MP.mpf(10) ** -30  # of inexact numbers: else +1 would be lost
 TALLEST = (
     10**25
 )  # numerator of a rational that may be an inexact number: it comes no nearer by luck
 BITS, FACTORIAL, DEPTH = 2**15, 2500, 40  # size of a rational, n of n!, nesting
 EFFORT, POWER_EFFORT, FACTORIAL_EFFORT = 128, 4, 16  # of one text; a product is 1
-SIZES = (1, 20, 4000, 20, 4000, 1, 4000)  # of variables at the points where they are compared
+SIZES = (1, 20, 4000, 1, 20, 1, 4000)  # of variables at the points where they are compared
 for constant in (libmp.pi_fixed, libmp.e_fixed, libmp.ln2_fixed, libmp.ln10_fixed):
     constant(1000)  # cached from now on: threads must not fill these caches at once
 
@@ -62,7 +62,7 @@ def settle(z) -> Number:
 def inexact(x: Number):
     if not isinstance(x, Fraction):
         return x
-    if x and not -150 < x.numerator.bit_length() - x.denominator.bit_length() < 150:
+    if x and not -100 < x.numerator.bit_length() - x.denominator.bit_length() < 100:
         raise Unreadable("too large or too small beside an irrational number")
     return MP.mpc(x.numerator) / x.denominator
 
@@ -109,8 +109,12 @@ def divide(x: Number, y: Number) -> Number:
 
 def power(base: Number, exponent: Number) -> Number:
     """base ** exponent; odd roots of negative numbers are real, as in school."""
-    if base == 0 == exponent:
-        raise Unreadable("0 ** 0")
+    if base == 0 and (
+        exponent == 0
+        or not isinstance(exponent, Fraction)
+        or exponent.numerator > 1 < exponent.denominator
+    ):
+        raise Unreadable("0 ** 0, or 0 ** x")
     if isinstance(exponent, Fraction):
         whole, root = exponent.numerator, exponent.denominator
         if isinstance(base, Fraction):

@@ -39,9 +39,27 @@ def agree(one: str, two: str, task: str) -> bool:
 
 def reward(attempt: str, problem: Problem) -> float:
     """r̂(y, y*): 1.0 if the attempt states the problem's true answer, else 0.0 (section 3)."""
-    if problem.task == "math":
-        return math_reward(attempt, problem.answer)
-    return float(sums_answer(attempt) == problem.answer)
+    if problem.task == "sums":
+        return float(sums_answer(attempt) == problem.answer)
+    return math_reward(attempt, problem.answer) * (not is_copied(final_answer(attempt), problem))
+
+
+def is_copied(stated: str | None, problem: Problem) -> bool:
+    """Is it a formula of the question? Where that is to be worked out, its value is the right one.
+
+    NOT IN PAPER, as is all of this checker. A number or word may well stand in the question, and
+    so may what is spelt as the answer is.
+    """
+    if not stated or not OPERATION.search(stated):
+        return False
+    stated, asked, gold = map(bare, (stated, problem.question, problem.answer))
+    return stated in asked and stated != gold
+
+
+def bare(formula: str) -> str:
+    r"""A formula without layout: \dfrac{1}{2}, \frac12 and 1/2 are spelt alike."""
+    formula = re.sub(r"\\[dt]?frac\s*\{?(\d+)\}?\s*\{?(\d+)\}?", r"\1/\2", formula)
+    return re.sub(r"[\s${}]", "", formula)
 
 
 def math_reward(attempt: str, answer: str) -> float:
@@ -50,7 +68,14 @@ def math_reward(attempt: str, answer: str) -> float:
     return float(stated is not None and same_answer(stated, answer))
 
 
-PAPERS_FORM = re.compile(r"[Tt]he final answer is:?\s*\$((?:\\.|[^$\\])+)\$", re.DOTALL)
+OPERATION = re.compile(
+    r"(?<=[\w)}])\s*[-+*/^!]|\\(?:[dt]?frac|sqrt|log|ln|[dt]?binom|lceil|lfloor|cdot|times|div|overline"
+    r"|(?:arc)?(?:sin|cos|tan))"
+)
+PAPERS_FORM = re.compile(  # and nothing like "$5$ or $6$"
+    r"[Tt]he final answer is:?\s*\$((?:\\.|[^$\\])+)\$(?!\s*(?:,|or\b|and\b)[^.\n]{0,99}\$)",
+    re.DOTALL,
+)
 
 
 def final_answer(text: str) -> str | None:
@@ -74,5 +99,7 @@ def same_answer(prediction: str, gold: str) -> bool:
         return False
     try:
         return same(*(read_answer(text) for text in (prediction, gold)))
-    except (ValueError, ArithmeticError, RecursionError):  # Unreadable is a ValueError
+    except (
+        Exception
+    ):  # Unreadable, or what else a text can provoke: no reward, and no end of the run
         return False

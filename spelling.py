@@ -32,14 +32,15 @@ SPELLINGS = [
         (r"[«»¶∨⦃⦄∖]|(?<=\d)'|\\not(?:in|\s*\\in)END", r"\\unknown "),
         (r"(?:√|(?<![\\a-zA-Z])sqrt)\s*(\d+)", r"\\sqrt{\1}"),
         (r"√", r"\\sqrt "),
-        (r"\\\\(?:\[[^]]*\])?", "¶"),
+        (r"\\\\(?:\[[\d.]+[a-z]{2}\])?", "¶"),
         (r"\\(?:left|right|[bB]igg?[lrm]?)END(?:\s*\.)?", " "),
         (r"\\(?:displaystyle|textstyle|limits|cr|angle|triangle)END", " "),
         (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|[^\s{])", " "),
         (r"\\langleEND", "("),
         (r"\\rangleEND", ")"),
         # Digits in threes: 1{,}000  1,\!000  1\,000; plain 1,000 is seen to in `thousands`.
-        (r"(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!|\\,(?=\d{3}\b))\s*(?=\d{3})", ""),
+        (r"(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!|\\,)\s*(?=\d{3}(?!\d))", ""),
+        (r"(?<=\d):00(?=\s*(?:\\text\{\s*)?[aApP]\.?\s?[mM])", ""),  # 9:00 a.m.
         (r"^(\s*-?)\s*\\\$\s*(-?[\d.,]+)$", r"\1\2 dollars"),
         (r"\{([:=<>+])\}", r"\1"),
         (r"\\[!,:;> ]|\\q?quadEND|~|\\(?=\n)|\{\s*\}", " "),
@@ -115,16 +116,18 @@ TWISTS = set(
     "all dozens dots wrong incorrect false half halves maybe perhaps but base mod modulo more less "
     "most least to vs versus hundreds thousands millions billions trillions thirds quarters "
     "fourths fifths sixths sevenths eighths ninths tenths hundredths thousandths pairs scores "
-    "minuses negatives ones twos threes fours fives sixes sevens eights nines tens xor".split()
+    "minuses negatives per ones twos threes fours fives sixes sevens eights nines tens xor "
+    "millionths billionths twelfths decades gross grosses googols lakhs zeros factorials squares "
+    "cubes roots inverses multiplied divided others errors mistakes guesses".split()
 )
 
 
 OPENING, CLOSING = "([{⦃", ")]}⦄"
 
 
-def depths(text: str) -> list[int]:
-    """How many brackets of any kind are open at each character; a closing one is outside."""
-    return list(accumulate((letter in OPENING) - (letter in CLOSING) for letter in text))
+def depths(text: str, opening: str = OPENING, closing: str = CLOSING) -> list[int]:
+    """How many brackets are open at each character; a closing one is outside."""
+    return list(accumulate((letter in opening) - (letter in closing) for letter in text))
 
 
 def closes(text: str) -> int:

@@ -3,7 +3,7 @@
 import pytest
 
 from data import Problem
-from rewards import reward, stated_answer
+from rewards import final_answer, reward, stated_answer
 
 PROBLEM = Problem("4+7 9+0 3+6 =", "1 1 9 9", "sums", "p")
 
@@ -23,6 +23,31 @@ def test_math_is_rewarded_for_the_final_answer_alone():
     assert reward("Final Answer: The final answer is $1/2$. I hope it is correct.", half) == 1.0
     assert reward(r"It is 0.5, or \boxed{2}.", half) == 0.0
     assert reward("It is 0.5.", half) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "stated", "expected"),
+    [
+        (r"Compute $55^2 - 45^2$.", "1000", "55^2 - 45^2", 0.0),
+        (r"Compute $55^2 - 45^2$.", "1000", "1000", 1.0),
+        (r"Factor $t^2-49$.", "(t-7)(t+7)", "t^2 - 49", 0.0),
+        (r"Factor $t^2-49$.", "(t-7)(t+7)", "(t+7)(t-7)", 1.0),
+        (r"Simplify $\sqrt{192}$.", r"8\sqrt{3}", r"\sqrt{192}", 0.0),
+        (r"Is $x^2$ even or odd?", r"\text{even}", "even", 1.0),  # words and numbers may be there
+        (r"Which of $\frac12$ and $0.7$ is less?", r"\frac{1}{2}", r"\frac12", 1.0),
+        (r"Which of $\frac12$ and $0.7$ is less?", r"\frac{1}{2}", "0.5", 1.0),
+        (r"One of $x+1$ and $x+2$ divides it.", "x+2", r"x + 2", 1.0),  # spelt as the answer is
+    ],
+)
+def test_a_formula_copied_from_the_question_is_no_answer(question, answer, stated, expected):
+    problem = Problem(question, answer, "math", "p")
+    assert reward(rf"So \boxed{{{stated}}}.", problem) == expected
+
+
+def test_of_two_final_answers_in_one_sentence_none_counts():
+    assert final_answer("The final answer is $5$ or $6$.") is None
+    assert final_answer("The final answer is $5$, $6$.") is None
+    assert final_answer("The final answer is $5$. It is not $6$.") == "5"
 
 
 def test_an_unreadable_attempt_states_nothing():
