@@ -62,7 +62,7 @@ class Task:
 
     first: str
     again: str
-    held_out: int
+    test_size: int
     max_new_tokens: int
     precision: str
     rows: int
@@ -168,6 +168,9 @@ def math_problems(folder: str) -> dict[str, tuple[Problem, ...]]:
     """Both splits, from JSONL files or the hub: the same problems in the same order."""
     rows = read_folder(Path(folder)) if folder else download()
     splits = {split: as_problems(rows[split], split) for split in ("train", "test")}
+    for split in splits:
+        if not splits[split]:
+            raise InputError(f"--data {folder}: the {split} file holds no problem with an answer")
     trained_on = {words(problem.question) for problem in splits["train"]}
     clashes = [p.question for p in splits["test"] if words(p.question) in trained_on]
     if clashes:
@@ -186,7 +189,7 @@ def as_problems(rows: list[dict], split: str) -> tuple[Problem, ...]:
         skipped += not answer
         if answer:
             subject = row.get("subject") or row.get("type") or ""
-            level = re.sub(r"^Level ", "", str(row.get("level", "")))
+            level = re.sub(r"^Level ", "", str(row.get("level") or ""))
             key = hashlib.blake2b(row["problem"].encode(), digest_size=8).hexdigest()
             problems[key] = Problem(row["problem"], answer, "math", key, subject, level)
     if skipped:
@@ -244,6 +247,9 @@ def download() -> dict[str, list[dict]]:
     return {"train": train, "test": test}
 
 
+TEXTS = ("problem", "solution", "answer", "subject", "type")
+
+
 def read_folder(folder: Path) -> dict[str, list[dict]]:
     """Both splits from a folder: one file has "train" in its name, one "test" or "math500"."""
     splits = {}
@@ -260,19 +266,24 @@ def read_folder(folder: Path) -> dict[str, list[dict]]:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Rows with a "problem" and a "solution" or an "answer"; a bad line is named."""
+    """Rows with a "problem" and a "solution" or an "answer", all texts; a bad line is named."""
     opened = gzip.open if path.suffix == ".gz" else open
-    rows = []
     try:
         with opened(path, "rt", encoding="utf-8") as file:
-            for line in file:
-                rows.append(json.loads(line))
-                if not isinstance(rows[-1]["problem"], str):
-                    raise TypeError
-    except (ValueError, TypeError, KeyError, OSError, EOFError) as error:
-        raise InputError(
-            f"{path}, line {len(rows) + 1}, is no JSON object with a problem: mend it"
-        ) from error
+            lines = file.read().splitlines()
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}): mend it or name another") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = dict(json.loads(line)) if line.strip() else None
+            if row and not all(isinstance(row.get(key) or "", str) for key in TEXTS):
+                raise TypeError("not a text")
+            rows += [row] if row and row["problem"] else []
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"{path}, line {number}, is no JSON object with a problem, all texts: mend it"
+            ) from error
     return rows
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from data import TASKS, Chat, InputError, Problem, check_task, load_problems, read_chat
 from models import load_checkpoint
 from rewards import agree, stated_answer
-from runs import as_flag, plot_run, read_json, write_atomically
+from runs import as_flag, check_folder, plot_run, read_json, write_atomically
 from sample import Episode, Sampling, askable, rollout
 
 Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
@@ -190,7 +190,7 @@ def report(args: argparse.Namespace) -> None:
     """Evaluate a model, print every metric and its interval, write both files."""
     check_task(args.task)
     task = TASKS[args.task]
-    usual = {"problems": task.held_out, "max_new_tokens": task.max_new_tokens}
+    usual = {"problems": task.test_size, "max_new_tokens": task.max_new_tokens}
     usual |= {"precision": task.precision, "rows": task.rows}
     for name, value in usual.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
@@ -199,12 +199,16 @@ def report(args: argparse.Namespace) -> None:
             raise InputError(f"{as_flag(name)} must be 1 or more")
     if not args.model:
         raise InputError("--model is missing: name a checkpoint folder, or --plot a run folder")
+    if args.data and args.task != "math":
+        raise InputError(f"--data {args.data} is for --task math: add that, or leave out --data")
     if not args.temperature >= 0:
         raise InputError(f"--temperature {args.temperature} must be 0 (greedy) or more")
     problems = load_problems(args.task, "test", args.problems, args.data)
-    settings = {key: str(value) for key, value in vars(args).items() if key not in ("out", "plot")}
+    no_settings = ("out", "plot", "rows")
+    settings = {key: str(value) for key, value in vars(args).items() if key not in no_settings}
     local = Path(args.model).is_dir()
     folder = args.out or (Path(args.model) if local else Path("runs") / args.model) / "eval"
+    check_folder(folder)
     if read_json(folder / "metrics.json").get("settings", settings) != settings:
         raise InputError(f"--out {folder} holds another evaluation: name another folder")
     model, tokenizer = load_checkpoint(args.model, args.precision)

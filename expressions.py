@@ -8,7 +8,7 @@ r"""What is an expression worth? LaTeX or ASCII, read by recursive descent strai
 What is read was written by a model that is paid for being right, so nothing is ever evaluated as
 code, and length, depth, powers and factorials have bounds. What cannot be read, or has no value
 (1/0), raises `Unreadable`. Pure functions, no state: any thread may call them.
-Next to read: rewards.py.
+Next to read: spelling.py.
 """
 
 import math

@@ -88,15 +88,10 @@ def load_pair(cfg, init: str, same_base: bool):
     same_base already. The policy is the checkpoint `init`, or a copy of the base.
     """
     policy = load_checkpoint(init, cfg.precision)[0] if init else None
-    base = Path(cfg.out) / "base"
-    if cfg.model != "builtin":
-        ref, tokenizer = load_checkpoint(cfg.model, cfg.precision)
-    elif same_base and base.exists():
-        ref, tokenizer = load_checkpoint(str(base), cfg.precision)
-    else:
-        ref, tokenizer = fit_builtin(cfg.seed)
-        save_checkpoint(base, ref, tokenizer)
-        ref.to(getattr(torch, cfg.precision))
+    base = str(Path(cfg.out) / "base") if cfg.model == "builtin" else cfg.model
+    if cfg.model == "builtin" and not (same_base and Path(base).exists()):
+        save_checkpoint(Path(base), *fit_builtin(cfg.seed))
+    ref, tokenizer = load_checkpoint(base, cfg.precision)
     shapes = [[p.shape for p in model.parameters()] for model in (policy or ref, ref)]
     if shapes[0] != shapes[1]:
         raise InputError(f"--init {init} has another architecture than the base {cfg.model}")
@@ -151,7 +146,7 @@ def check_head(model) -> None:
 
 
 def make_masters(policy) -> list[torch.Tensor]:
-    """float32 masters of the policy's weights; backward will add its gradients to theirs."""
+    """float32 masters of the policy's weights; each backward will add its gradients to theirs."""
     masters = []
     for weight in policy.parameters():
         master = weight.detach().float().requires_grad_()  # the same memory if it is float32

@@ -14,6 +14,7 @@ back to that.
 """
 
 import json
+import math
 import os
 import platform
 import signal
@@ -28,6 +29,7 @@ from tqdm import tqdm
 from data import InputError, check_task
 
 LOGS, RESULTS = ("metrics.jsonl", "samples.txt"), "results.json"
+BEGUN = {"base", RESULTS, "state.pt"}  # what is written before config.json
 
 
 @dataclass
@@ -117,38 +119,58 @@ def as_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def evaluating(cfg) -> str:
+    """The command that evaluates a finished run."""
+    task = "" if cfg.task == "sums" else f" --task {cfg.task}"
+    task += f" --data {cfg.data}" if cfg.data else ""
+    return (
+        f"python eval.py --model {cfg.out}/{plan_of(cfg.stage)[-1][1]}{task}, or --plot {cfg.out}"
+    )
+
+
 def check_settings(cfg) -> None:
     """Raise InputError for a setting that cannot work, before anything is written."""
     plan_of(cfg.stage)
     check_task(cfg.task)
     positive = ("steps1", "steps2", "batch", "lr", "clip", "max_new_tokens", "temperature")
     for name in (*positive, "rows", "micro_tokens", "save_every", "show_every", "problems"):
-        if not getattr(cfg, name) > 0:
-            raise InputError(f"{as_flag(name)} {getattr(cfg, name)} must be positive")
+        if not 0 < getattr(cfg, name) < math.inf:
+            raise InputError(f"{as_flag(name)} {getattr(cfg, name)} must be positive and finite")
     for name in ("alpha", "beta1", "beta2"):
-        if not getattr(cfg, name) >= 0:
-            raise InputError(f"{as_flag(name)} {getattr(cfg, name)} must be 0 or more")
+        if not 0 <= getattr(cfg, name) < math.inf:
+            raise InputError(f"{as_flag(name)} {getattr(cfg, name)} must be 0 or more, and finite")
     if cfg.k < 2:
         raise InputError(f"--k {cfg.k} leaves no sibling for the baseline: give 2 or more")
     if cfg.batch % cfg.k:
         raise InputError(f"--batch {cfg.batch} is not divisible by --k {cfg.k}: change one of them")
-    if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
-        raise InputError(f"--out {cfg.out} is not a folder: name another")
+    check_folder(Path(cfg.out))
     if not 0 <= cfg.offline <= 1:
         raise InputError(f"--offline {cfg.offline} is a share of the problems: give 0 to 1")
     if cfg.precision not in ("float32", "bfloat16"):
         raise InputError(f"--precision {cfg.precision} is unknown: choose float32 or bfloat16")
     if cfg.recompute not in (0, 1):
         raise InputError(f"--recompute {cfg.recompute} must be 0 or 1")
+    if cfg.data and cfg.task != "math":
+        raise InputError(f"--data {cfg.data} is for --task math: add that, or leave out --data")
     if cfg.model == "builtin" and cfg.task != "sums":
         raise InputError(f"--model builtin can only add: name a model for --task {cfg.task}")
 
 
+def check_folder(folder: Path) -> None:
+    """Raise InputError where no folder can be."""
+    file = next((path for path in (folder, *folder.parents) if path.is_file()), None)
+    if file:
+        raise InputError(f"--out {folder} is not a folder, since {file} is a file: name another")
+
+
 def settings_to_follow(folder: Path, typed: dict) -> dict:
     """{} for a new run, the settings of Stage I for a Stage II after it; InputError for others."""
-    if not (folder / "metrics.jsonl").exists():
-        return {}
     settings = read_json(folder / "config.json").get("settings")
+    if not (folder / "metrics.jsonl").exists():
+        found = {path.name.removesuffix(".part") for path in folder.glob("*")}
+        if settings is None and not found <= BEGUN:  # a run that was killed while it began is BEGUN
+            raise InputError(f"--out {folder} holds something else than a run: name a new folder")
+        return {}
     results = read_json(folder / RESULTS)
     if settings is None:
         raise InputError(f"{folder / 'config.json'} is missing: restore it, or name another --out")
@@ -170,10 +192,10 @@ def read_settings(folder: Path, typed: dict) -> dict:
     if settings is None:
         raise InputError(f"--out {folder} holds no run to resume: leave out --resume to begin one")
     for name in sorted(set(typed) - {"resume", "out"}):
-        if typed[name] != settings[name]:
+        if typed[name] != settings.get(name):
             raise InputError(
-                f"{as_flag(name)} {typed[name]} differs from the run's {settings[name]}: --resume "
-                "goes on with a run as it was, so leave the flag out"
+                f"{as_flag(name)} {typed[name]} differs from the run's {settings.get(name)}: "
+                "--resume goes on with a run as it was, so leave the flag out"
             )
     return settings
 
@@ -204,7 +226,10 @@ def begin(typed: dict, configure) -> tuple:
 def resume(typed: dict, configure) -> tuple:
     """Settings, run and state of the run in --out, as it was last saved."""
     folder = Path(configure(typed).out)
-    cfg = configure({**read_settings(folder, typed), "out": str(folder)})
+    settings = read_settings(folder, typed)
+    if set(settings) != set(vars(configure(typed))):
+        raise InputError(f"{folder}/config.json is of another version of score.py: use that one")
+    cfg = configure({**settings, "out": str(folder)})
     run, state = load_state(folder)
     if state["stage"] != cfg.stage:
         raise InputError(f"the run in {folder} was killed before --stage 2 began: type that again")

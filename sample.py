@@ -49,7 +49,7 @@ class Sampling:
 
     There is no top-k, top-p or penalty, and the checkpoint's generation_config is never read:
     on-policy means on-policy. rows: episodes decoded side by side; they bound the memory of the KV
-    cache, and change nothing else.
+    cache, and change nothing else but rounding.
     """
 
     attempts: int = 2
@@ -97,7 +97,9 @@ def rollout_rows(model, chat: Chat, problems, sampling: Sampling, begun, uniform
             if number > first:  # the cache holds all but the end token and the instruction
                 feed = [row[-1 - len(chat.p1) :] for row in feed]
             drawn = uniforms[:, number]
-            answers, parked = decode(model, join(parked), feed, drawn, sampling, chat.end_ids)
+            past = join(parked)
+            parked.clear()  # its memory is needed
+            answers, parked = decode(model, past, feed, drawn, sampling, chat.end_ids)
             for problem, row, answer in zip(problems, attempts, answers, strict=True):
                 row.append(judge(chat, problem, *map(list, zip(*answer, strict=True))))
     return [
@@ -135,7 +137,7 @@ def decode(model, past, feed, uniforms, sampling: Sampling, end_ids):
     ids, fed = left_pad(feed, held.device)  # (B, new)
     held = torch.cat([held, fed], dim=1)  # (B, S)
     live = torch.arange(len(feed), device=ids.device)
-    answers, parked = [[] for _ in feed], []
+    answers, parked, ends = [[] for _ in feed], [], torch.tensor(end_ids, device=ids.device)
     for step in range(sampling.max_new_tokens + 1):
         logits = next_logits(model, cache, ids, held)  # (B live, V)
         if step == sampling.max_new_tokens:
@@ -143,7 +145,7 @@ def decode(model, past, feed, uniforms, sampling: Sampling, end_ids):
         token, logp = draw(logits, uniforms[live, step], sampling.temperature)
         for row, *sampled in zip(live.tolist(), token.tolist(), logp.tolist(), strict=True):
             answers[row].append(sampled)
-        ended = torch.isin(token, torch.tensor(end_ids, device=token.device))
+        ended = torch.isin(token, ends)
         if ended.any():
             parked.append((copy_rows(cache, ended), held[ended], live[ended]))
             cache.batch_select_indices(~ended)

@@ -194,13 +194,14 @@ def stage2_objective(y1: Scored, y2: Scored, beta1: float, alpha: float) -> torc
 
 @dataclass
 class Learner:
-    """The policy, its float32 masters, the frozen reference, Adam, prompts' ids and settings."""
+    """Policy, its float32 masters, frozen reference, Adam, prompts' ids, problems and settings."""
 
     policy: torch.nn.Module
     masters: list[torch.Tensor]
     ref: torch.nn.Module
     optimizer: torch.optim.Optimizer
     chat: Chat
+    problems: list[Problem]
     cfg: Config
 
 
@@ -230,9 +231,9 @@ def score(learner: Learner, tokens: torch.Tensor, numbers: torch.Tensor):
     with torch.no_grad():
         ref_hidden = models.last_hidden(learner.ref, tokens)[:, :-1][counts]
     size = max(1, LOGITS_AT_ONCE // learner.policy.config.vocab_size)
-    parts = (part.split(size) for part in (hidden, ref_hidden, chosen[counts]))
+    chunks = (part.split(size) for part in (hidden, ref_hidden, chosen[counts]))
     score_chunk = partial(checkpoint, score_tokens, learner, use_reentrant=False)
-    scores = list(map(score_chunk, *parts))
+    scores = list(map(score_chunk, *chunks))
     logp, kl = (torch.cat(parts) for parts in zip(*scores, strict=True))  # (N,)
     empty = torch.zeros(counts.shape, device=tokens.device)
     return empty.masked_scatter(counts, logp), empty.masked_scatter(counts, kl), own
@@ -244,7 +245,6 @@ def update(learner: Learner, episodes: list[Episode], stage: int) -> dict[str, f
     rows = [transcript(episode, learner.chat) for episode in episodes]
     r = torch.tensor([[y.reward for y in episode.attempts] for episode in episodes], device=device)
     siblings = torch.stack([leave_one_out(column, cfg.k) for column in r.unbind(dim=1)], dim=1)
-    sampled = torch.tensor([sum(episode.attempts[1].logp) for episode in episodes], device=device)
     kls, gaps = [], []
     policy.train(bool(cfg.recompute))  # recomputes in training mode only; there is no dropout
     for batch in micro_batches([len(row) for row in rows], cfg.micro_tokens):
@@ -260,15 +260,17 @@ def update(learner: Learner, episodes: list[Episode], stage: int) -> dict[str, f
         loss = -objective.sum() / len(episodes)
         loss.backward()
         kls.append(torch.stack([y1.kl.sum(dim=1), y2.kl.sum(dim=1)]).detach())  # (2, B)
-        gaps.append((y2.logp.detach().sum(dim=1) - sampled[batch]).abs().max())
+        sampled = [logp for i in batch for logp in episodes[i].attempts[1].logp]
+        gaps.append((y2.logp[own == 2] - torch.tensor(sampled, device=device)).abs().max().item())
     policy.eval()
     norm = torch.nn.utils.clip_grad_norm_(learner.masters, cfg.clip)
+    if not norm.isfinite():
+        raise InputError("the gradient is no longer finite: begin anew with a lower --lr")
     learner.optimizer.step()
     learner.optimizer.zero_grad()  # sampling needs the memory
     models.round_into(policy, learner.masters)
     kl_t1, kl_t2 = torch.cat(kls, dim=1).mean(dim=1).tolist()
-    gap = torch.stack(gaps).max().item()
-    return {"kl_t1": kl_t1, "kl_t2": kl_t2, "grad_norm": norm.item(), "on_policy_gap": gap}
+    return {"kl_t1": kl_t1, "kl_t2": kl_t2, "grad_norm": norm.item(), "on_policy_gap": max(gaps)}
 
 
 # --- 6. The loop -----------------------------------------------------------------------------
@@ -277,15 +279,12 @@ def update(learner: Learner, episodes: list[Episode], stage: int) -> dict[str, f
 def train(learner: Learner, run: Run, progress: Progress) -> None:
     """Go through the stages from where `progress` stands; returns early if a signal came."""
     cfg, plan = learner.cfg, runs.plan_of(learner.cfg.stage)
-    sampling = Sampling(2, cfg.max_new_tokens)
-    known = load_problems(cfg.task, "train", folder=cfg.data)
-    problems = askable(known, learner.policy, learner.chat, sampling)
     while progress.index < len(plan):
         stage, name = plan[progress.index]
         steps = cfg.steps1 if stage == 1 else cfg.steps2
         with tqdm(total=steps, initial=progress.step, desc=name, unit="step") as bar:
             while progress.step < steps:
-                line = one_step(learner, run, progress, problems, stage)
+                line = one_step(learner, run, progress, stage)
                 bar.update()
                 bar.set_postfix({key: f"{line[key]:.2f}" for key in ("acc_t1", "acc_t2", "copied")})
                 window_full, last = progress.step % cfg.save_every == 0, progress.step == steps
@@ -298,10 +297,10 @@ def train(learner: Learner, run: Run, progress: Progress) -> None:
         finish_stage(learner, run, progress, name)
 
 
-def one_step(learner: Learner, run: Run, progress: Progress, problems, stage: int) -> dict:
+def one_step(learner: Learner, run: Run, progress: Progress, stage: int) -> dict:
     """Sample, judge, learn and log, once; returns the line of metrics.jsonl."""
     began, cfg, number = time.perf_counter(), learner.cfg, len(run.lines)
-    batch = pick(problems, cfg.batch // cfg.k, number, cfg.seed)
+    batch = pick(learner.problems, cfg.batch // cfg.k, number, cfg.seed)
     episodes = sample(learner, [p for p in batch for _ in range(cfg.k)], f"{cfg.seed}/{number}")
     line = {"step": number, "stage": stage, **measure(episodes), **update(learner, episodes, stage)}
     progress.step += 1
@@ -381,7 +380,7 @@ def begin(typed: dict) -> tuple[Learner, Run, Progress]:
     cfg, run, init, same_base = runs.begin(typed, configure)
     learner = build(cfg, init, same_base)
     if not run.results:
-        for name, temperature in (("base", 0.0), ("base, sampled", 1.0)):
+        for name, temperature in (("base", 0.0), ("base, sampled", cfg.temperature)):
             run.write_results(name, held_out(learner.ref, learner.chat, cfg, temperature))
     save(learner, run, Progress())
     runs.write_config(run, asdict(cfg))
@@ -401,11 +400,12 @@ def resume(typed: dict) -> tuple[Learner, Run, Progress]:
 
 def build(cfg: Config, init: str, same_base: bool) -> Learner:
     """The frozen base model as reference, and the policy, which begins as `init` or as its copy."""
-    load_problems(cfg.task, "train", folder=cfg.data)  # if there are none, that is said first
+    problems = load_problems(cfg.task, "train", folder=cfg.data)
     policy, ref, tokenizer = models.load_pair(cfg, init, same_base)
     chat = read_chat(tokenizer, ref, cfg.task)
+    problems = askable(problems, policy, chat, Sampling(2, cfg.max_new_tokens))
     masters = models.make_masters(policy)
-    return Learner(policy, masters, ref, adam(masters, cfg), chat, cfg)
+    return Learner(policy, masters, ref, adam(masters, cfg), chat, problems, cfg)
 
 
 def parse_flags(argv: list[str] | None) -> dict:
@@ -432,17 +432,17 @@ def main(argv: list[str] | None = None) -> int:
         print(f"score.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped before a step was made: nothing is lost, nothing was saved", file=sys.stderr)
+        print("stopped before a step was made: nothing is lost", file=sys.stderr)
         return 130
-    plan = runs.plan_of(learner.cfg.stage)
-    where = "" if learner.cfg.out == Config.out else f" --out {learner.cfg.out}"
+    cfg, plan = learner.cfg, runs.plan_of(learner.cfg.stage)
+    where = "" if cfg.out == Config.out else f" --out {cfg.out}"
     if progress.index < len(plan):
         print(f"stopped and saved after {len(run.lines)} steps; python score.py --resume{where}")
         return 130
     table = as_table({name: row for name, row in run.results.items() if name != "base, sampled"})
     print(f"done in {time.perf_counter() - began:.0f} s; greedy on held-out problems:\n{table}")
-    evaluating = f"python eval.py --model {run.folder}/{plan[-1][1]}, or --plot {run.folder}"
-    print("next:", evaluating if "stage2" in run.results else f"python score.py --stage 2{where}")
+    next_stage = f"python score.py --stage 2{where}"
+    print("next:", runs.evaluating(cfg) if "stage2" in run.results else next_stage)
     return 0
 
 

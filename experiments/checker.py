@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import read_folder  # noqa: E402
+from data import last_box, read_folder  # noqa: E402
 from rewards import math_reward, same_answer  # noqa: E402
 
 
@@ -33,7 +33,7 @@ def on_pairs() -> None:
 def on_math(folder: Path) -> None:
     """Each gold against itself, and against the last box of its solution."""
     for split, rows in read_folder(folder).items():
-        golds = [row["answer"] for row in rows]
+        golds = [row.get("answer") or last_box(row["solution"]) or "" for row in rows]
         times = []
         for gold in golds:
             began = time.perf_counter()
@@ -41,7 +41,7 @@ def on_math(folder: Path) -> None:
             times.append(1e3 * (time.perf_counter() - began))
         times.sort()
         itself = sum(same_answer(f"${gold}$", gold) for gold in golds)
-        boxes = sum(math_reward(row["solution"], row["answer"]) for row in rows)
+        boxes = sum(math_reward(row["solution"], g) for row, g in zip(rows, golds, strict=True))
         print(
             f"MATH {split}: {len(golds)} golds, {itself} equal themselves, {boxes:.0f} their "
             f"solution's box; median {times[len(times) // 2]:.2f} ms, "

@@ -62,7 +62,9 @@ def table(cfg: score.Config) -> str:
     for name, row in parts.items():
         lines.append(f"| {name} | " + " | ".join(f"{x / GB:.1f}" if x else "" for x in row) + " |")
     totals = [sum(column) / GB for column in zip(*parts.values(), strict=True)]
-    return "\n".join([*lines, f"| **in all** | **{totals[0]:.1f}** | **{totals[1]:.1f}** |"])
+    lines.append(f"| **in all** | **{totals[0]:.1f}** | **{totals[1]:.1f}** |")
+    disk = f"On disk a checkpoint takes {2 * weights / GB:.1f} GB and state.pt "
+    return "\n".join([*lines, "", f"{disk}{12 * weights / GB:.1f} GB."])
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def measure(args: argparse.Namespace) -> str:
     typed = {"task": "math", "batch": args.batch, "k": 4, "max_new_tokens": args.tokens}
     cfg = score.configure({**typed, "rows": args.rows})
     chat = RandomChat(list(RandomChat.p1))
-    learner = score.Learner(policy, masters, ref, score.adam(masters, cfg), chat, cfg)
+    learner = score.Learner(policy, masters, ref, score.adam(masters, cfg), chat, [], cfg)
     problems = [Problem("", "", "math", "p" * n) for n in range(args.batch // 4) for _ in range(4)]
     for number in range(2):
         episodes, sampling = timed(lambda n=number: score.sample(learner, problems, str(n)))

@@ -1,5 +1,6 @@
 """MATH from end to end on a small Gemma 2: train, resume, evaluate, export, load."""
 
+import gzip
 import json
 import os
 import signal
@@ -57,6 +58,15 @@ def test_training_moves_the_policy_with_live_rewards_in_bfloat16(finished, small
     assert all(torch.equal(master, p.float()) for master, p in zip(masters, kept, strict=True))
 
 
+def test_the_last_line_names_the_command_that_evaluates(small_gemma, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run_score("--model", small_gemma, "--out", out, *FAST, "--steps1", 1, "--steps2", 1) == 0
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert command.startswith(
+        f"next: python eval.py --model {out}/stage2 --task math --data {FILES}"
+    )
+
+
 def test_an_interrupted_run_goes_on_bit_for_bit(finished, small_gemma, tmp_path, monkeypatch):
     out = tmp_path / "stopped"
     with monkeypatch.context() as patch:
@@ -102,7 +112,7 @@ def make_learner(small_gemma, precision, **settings):
     ref, _ = load_checkpoint(str(small_gemma), precision)
     masters = make_masters(model)
     chat = read_chat(tokenizer, model, "math")
-    return Learner(model, masters, ref, adam(masters, cfg), chat, cfg)
+    return Learner(model, masters, ref, adam(masters, cfg), chat, [], cfg)
 
 
 def episodes_of(learner):
@@ -177,6 +187,9 @@ def test_rows_side_by_side_do_not_change_what_is_sampled(small_gemma):
         (["--data", ""], "name a folder of JSONL files with --data"),
         (["--model", "builtin"], "--model builtin can only add"),
         (["--model", "no/such"], "no/such"),
+        (["--data", "numbers"], "numbers/train.jsonl, line 1"),
+        (["--data", "void"], "the train file holds no problem"),
+        (["--data", "squashed"], "squashed/train.jsonl.gz cannot be read"),
         (["--rows", "0"], "--rows"),
         (["--micro-tokens", "0"], "--micro-tokens"),
     ],
@@ -185,13 +198,18 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     flags, words, small_gemma, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    for name in ("empty", "torn", "clash"):
+    for name in ("empty", "torn", "clash", "numbers", "void", "squashed"):
         Path(name).mkdir()
     train = (FILES / "train.jsonl").read_text()
     Path("torn/train.jsonl").write_text(train.splitlines()[0] + "\n{broken\n")
     Path("torn/test.jsonl").write_text(train)
     Path("clash/train.jsonl").write_text(train)
     Path("clash/test.jsonl").write_text(train.splitlines()[3])
+    Path("numbers/train.jsonl").write_text('{"problem": "1+1?", "answer": 2}\n')
+    Path("void/train.jsonl").write_text("\n")
+    Path("squashed/train.jsonl.gz").write_bytes(gzip.compress(train.encode())[:-300] + b"x" * 300)
+    for name in ("numbers", "void", "squashed"):
+        Path(name, "test.jsonl").write_text(train)
     before = sorted(tmp_path.rglob("*"))
     given = ["--model", small_gemma, *FAST, *flags]
     assert run_score(*given, "--out", "run") == 2

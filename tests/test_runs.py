@@ -230,6 +230,11 @@ def test_the_control_starts_from_the_base_with_init(checkpoint, tmp_path):
         (["--out", "a file"], "a file"),
         (["--resume"], "no run to resume"),
         (["--unknown", "1"], "--unknown"),
+        (["--lr", "inf"], "--lr"),
+        (["--out", "a file/run"], "a file"),
+        (["--out", "torn"], "holds something else than a run"),
+        (["--out", "notes"], "holds something else than a run"),
+        (["--data", "notes"], "--data notes is for --task math"),
         (["--k", "two"], "--k"),
     ],
 )
@@ -249,6 +254,8 @@ def test_bad_input_is_one_sentence_and_status_2_and_writes_nothing(
     wide.resize_token_embeddings(300)
     save_checkpoint(tmp_path / "wide", wide, tokenizer)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("years of work")
     (tmp_path / "a file").write_text("not a folder")
     before = sorted(tmp_path.rglob("*"))
     model = [] if "--model" in flags or "--resume" in flags else ["--model", str(checkpoint)]
@@ -338,6 +345,35 @@ def test_the_curve_is_drawn(finished, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     assert evaluation.main(["--plot", str(finished)]) == 2
     assert "pip install -r requirements-dev.txt" in capsys.readouterr().err
+
+
+def test_a_run_of_another_version_is_not_resumed(finished, capsys):
+    record = json.loads((finished / "config.json").read_text())
+    del record["settings"]["rows"]
+    (finished / "config.json").write_text(json.dumps(record))
+    assert run_score("--resume", "--out", finished) == 2
+    assert "another version" in capsys.readouterr().err
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(checkpoint, tmp_path, capsys):
+    assert run_score("--model", checkpoint, "--out", tmp_path / "x", *SMALL, "--lr", "1e30") == 2
+    message = capsys.readouterr().err
+    assert "lower --lr" in message and "Traceback" not in message
+
+
+def test_the_builtin_model_is_the_same_in_memory_and_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "models.fit_builtin", lambda seed: (builtin_model(t := builtin_tokenizer(), seed), t)
+    )
+    for precision in ("float32", "bfloat16"):
+        flags = [*SMALL, "--precision", precision, "--steps1", "1", "--steps2", "1"]
+        once, twice = tmp_path / f"once-{precision}", tmp_path / f"twice-{precision}"
+        assert run_score("--out", once, *flags) == 0
+        assert run_score("--out", twice, *flags, "--stage", "1") == 0
+        assert run_score("--out", twice, "--stage", "2") == 0
+        one, two = tree(once), tree(twice)
+        assert one["lines"][0]["kl_t2"] == 0
+        assert one["lines"] == two["lines"]
 
 
 def test_an_empty_run_has_no_curve(tmp_path):

@@ -214,7 +214,7 @@ def learner(model, chat):
 
 def make_learner(policy, ref, chat, cfg):
     masters = make_masters(policy)
-    return Learner(policy, masters, ref, adam(masters, cfg), chat, cfg)
+    return Learner(policy, masters, ref, adam(masters, cfg), chat, [], cfg)
 
 
 def collated(learner, episodes):
