@@ -97,7 +97,7 @@ THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 def read_answer(text: str) -> Answer:
     """The structure of an answer; raises Unreadable, or another ValueError or ArithmeticError."""
     text = tidy(text)
-    if len(COSTLY.findall(text)) > MOST_COSTLY:
+    if len(COSTLY.findall(text)) + 3 * text.count("!") > MOST_COSTLY:
         raise Unreadable("too many powers, roots, functions and factorials")
     return read(text)
 

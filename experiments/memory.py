@@ -57,6 +57,10 @@ def table(cfg: score.Config) -> str:
             14 * longest + 10 * cfg.micro_tokens * config.intermediate_size,
         ),
         "logits of a chunk, eight float32 each": (0, 8 * 4 * score.LOGITS_AT_ONCE),
+        "the embedding's gradient, twice in bfloat16 and once in float32": (
+            0,
+            8 * config.vocab_size * config.hidden_size,
+        ),
     }
     lines = ["| GB, computed | sampling | training |", "| --- | --- | --- |"]
     for name, row in parts.items():
