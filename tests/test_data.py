@@ -3,6 +3,7 @@
 import gzip
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -149,37 +150,45 @@ def rows():
 
 
 @pytest.fixture
-def hub(rows, monkeypatch):
-    """load_dataset, as the hub's two data sets would answer it."""
-    subjects = data.SUBJECTS.split()
+def hub(rows, tmp_path, monkeypatch):
+    """The hub's two data sets as folders, which the real load_dataset reads."""
+    import datasets
 
-    def load_dataset(name, subject=None, split=None):
-        if name == data.HUB_TEST:
-            assert split == "test"
-            return [{**row, "answer": last_box(row["solution"])} for row in rows["test"]]
-        assert name == data.HUB_TRAIN and split in ("train", "test")
-        everything = [*rows["train"], *rows["test"]][:: 1 if split == "train" else -1]
-        half = everything[: len(everything) // 2]  # from both ends: together they are all
-        mine = [
-            row
-            for row in half
-            if row["subject"].lower().replace(" & ", "_and_").replace(" ", "_") == subject
-        ]
-        return [
-            {
-                "problem": r["problem"],
-                "solution": r["solution"],
-                "level": f"Level {r['level']}",
-                "type": r["subject"],
-            }
-            for r in mine
-        ]
-
-    assert len(subjects) == 7
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    train, test = tmp_path / "hendrycks_math", tmp_path / "MATH-500"
+    configs = []
+    for subject in data.SUBJECTS.split():
+        both = [row for row in rows["train"] + rows["test"] if as_config(row) == subject]
+        for split, half in (("train", both[::2]), ("test", both[1::2])):
+            write_rows(train / subject / f"{split}.jsonl", map(as_on_the_hub, half))
+        files = [{"split": s, "path": f"{subject}/{s}.jsonl"} for s in ("train", "test")]
+        configs.append({"config_name": subject, "data_files": files})
+    (train / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    write_rows(test / "test.jsonl", rows["test"])
+    monkeypatch.setattr(data, "HUB_TRAIN", str(train))
+    monkeypatch.setattr(data, "HUB_TEST", str(test))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     math_problems.cache_clear()
     yield
     math_problems.cache_clear()
+
+
+def as_config(row):
+    return row["subject"].lower().replace(" & ", "_and_").replace(" ", "_")
+
+
+def as_on_the_hub(row):
+    level = f"Level {row['level']}"
+    return {
+        "problem": row["problem"],
+        "level": level,
+        "type": row["subject"],
+        "solution": row["solution"],
+    }
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_the_hub_and_the_files_give_the_same_problems_in_the_same_order(hub):
@@ -191,22 +200,10 @@ def test_the_hub_and_the_files_give_the_same_problems_in_the_same_order(hub):
 
 
 def test_a_problem_of_math500_in_other_words_on_the_hub_is_refused(hub, rows):
-    rows["train"].append(
-        {**rows["test"][0], "problem": "In other words: " + rows["test"][0]["problem"]}
-    )
-    rows["test"][0] = {**rows["test"][0], "problem": "Not in MATH at all."}
-    plain = data.download
-
-    def without_the_last(name, subject=None, split=None):
-        found = load(name, subject, split)
-        return [
-            row for row in found if name == data.HUB_TEST or row["problem"] != "Not in MATH at all."
-        ]
-
-    load = sys.modules["datasets"].load_dataset
-    sys.modules["datasets"].load_dataset = without_the_last
+    other = {**rows["test"][0], "problem": "In other words: " + rows["test"][0]["problem"]}
+    write_rows(Path(data.HUB_TEST) / "test.jsonl", [other, *rows["test"][1:]])
     with pytest.raises(InputError, match="lacks problems of"):
-        plain()
+        math_problems("")
 
 
 def test_without_network_and_files_one_sentence_says_both_ways_out(monkeypatch):
