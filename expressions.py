@@ -213,7 +213,7 @@ SPACE, NOTHING = re.compile(r"\s*"), re.compile(r"\Z")
 DIGIT, LETTER, COMMAND = re.compile("[0-9]"), re.compile("[A-Za-z]"), re.compile(r"\\([a-z]+)")
 NUMBER = re.compile(r"[0-9]|\.[0-9]|\.\\(?:overline|bar)")
 ARGUMENT = re.compile(r"[{A-Za-z\\(]")
-MINUS = re.compile(r"-(?!\s*[-+]\s*[-+])")  # 1 - -2 is read, 1 - - -2 is not
+SIGN = re.compile(r"[-+](?!\s*[-+]\s*[-+])")  # 1 - -2 is read, 1 - - -2 is not
 RAISED = re.compile(r"\^|\*\*")
 FACTOR_OF_ARGUMENT = re.compile(r"[A-Za-z]|\\(?:pi|frac|sqrt)(?![A-Za-z])")
 LITERALS = re.compile(r"(\d+)?(?:\.(\d+)?(?:\\(?:overline|bar)\s*\{?(\d+)\}?)?)?", re.ASCII)
@@ -304,10 +304,8 @@ class Reader:
         return self.sees(STARTS) or self.sees(GREEK)
 
     def signed(self) -> Number:
-        if self.take(MINUS):
-            return -self.signed()
-        if self.take("+"):
-            return self.signed()
+        if found := self.take(SIGN):
+            return -self.signed() if found[0] == "-" else self.signed()
         if found := self.take(PLUS_MINUS):
             return self.plus_minus(found) * self.signed()
         return self.power()
