@@ -88,8 +88,9 @@ SCIENTIFIC = re.compile(r"(-?\d+(?:\.\d+)?)[eE]([+-]?\d{1,3})", re.ASCII)
 MARK = re.compile(r"\s*(?:\\%|%|\^\s*\{\s*\\circ\s*\}|\^?\s*\\(?:circ|degree))\s*\Z")
 OPERATION = re.compile(r"(?<=[\w)}])\s*[-+*]|\\(?:cdot|times|pm|mp)")
 READS_DEGREES = re.compile(r"\\(?:sin|cos|tan|sec|csc|cot)")
-COSTLY = re.compile(r"[!^]|\\(?:pm|mp|sqrt|binom|exp|l?n|log|arc|sin|cos|tan|sec|csc|cot)")
-MOST_COSTLY = 48  # powers, roots, functions, factorials in an answer: an attack has hundreds
+COSTLY = re.compile(r"\^|\\(?:pm|mp|sqrt)")
+COSTLIER = re.compile(r"!|\\(?:binom|exp|ln|log|arc|sin|cos|tan|sec|csc|cot)")
+MOST_COSTLY = 48  # powers and roots in an answer, or a dozen functions: an attack has hundreds
 INFINITE = re.compile(r"([+-]?)\s*\\infty\s*")
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 
@@ -97,7 +98,7 @@ THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 def read_answer(text: str) -> Answer:
     """The structure of an answer; raises Unreadable, or another ValueError or ArithmeticError."""
     text = tidy(text)
-    if len(COSTLY.findall(text)) + 3 * text.count("!") > MOST_COSTLY:
+    if len(COSTLY.findall(text)) + 4 * len(COSTLIER.findall(text)) > MOST_COSTLY:
         raise Unreadable("too many powers, roots, functions and factorials")
     return read(text)
 
@@ -299,7 +300,7 @@ def read_words(text: str, depth: int) -> Answer:
 def is_unit(words: list[str]) -> bool:
     """May these words stand behind a number or not?"""
     words = [word.rstrip("23^") for word in words if word.rstrip("23^")]
-    if not words or TWISTS & set(words) or set(ZERO_TO_TWELVE) & set(words) or len(words) > 5:
+    if not words or TWISTS & set(words) or set(ZERO_TO_TWELVE) & set(words) or len(words) > 4:
         return False
     if "".join(words) in ("am", "pm"):
         return True
@@ -362,6 +363,7 @@ def read_approximation(text: str, sides: list[str], depth: int) -> Answer:
     """≈ 8.24, or x = 2/3 ≈ 0.67: the exact value, if the other is what it rounds to."""
     *_, exact, near = sides
     if len(sides) == 2 and (not exact or VARIABLE.fullmatch(exact)):
+        constant(near.partition("«")[0])  # or Unreadable
         return replace(read(near, depth), name=exact)
     decimals = re.search(r"\.(\d+)", near)
     if not re.fullmatch(r"-?\d*\.?\d+", near):
@@ -381,10 +383,13 @@ def read_equation(sides: list[str], depth: int) -> Answer:
         return read_point(name, read(sides[1], depth))
     if len(sides) == 2 and re.fullmatch(r"«[^»]*»", sides[0]):
         answer = read(sides[1], depth)
-        if answer.kind == "word" or TWISTS & set(re.findall(r"\w+", sides[0].lower())):
+        words = re.findall(r"\w+", sides[0].lower())
+        if answer.kind == "word" or len(words) > 1 or TWISTS & set(words):
             raise Unreadable("words on the left that are no name")
         return replace(answer, name=name)
     named = VARIABLE.fullmatch(sides[0])
+    if TWISTS & set(re.findall(r"[a-z]+", name.lower())):
+        raise Unreadable("no name")
     letter = named and (named[1] or named[2].partition("^")[0])
     if len(sides) == 2 and not (named and letter not in variables(sides[1])):
         return Answer("equation", difference(*sides))
@@ -564,12 +569,11 @@ def same_values(one: tuple, two: tuple) -> bool:
 
 
 def compared(pairs) -> list[tuple]:
-    """The pairs that have both values; Unreadable if too few points are left."""
-    pairs = list(pairs)
-    found = [pair for pair in pairs if None not in pair]
-    if len(found) < min(3, len(pairs)):
-        raise Unreadable("no value at most points")
-    return found
+    """The pairs of values; Unreadable where one has a value and the other none."""
+    pairs = [pair for pair in pairs if pair != (None, None)]
+    if not pairs or any(None in pair for pair in pairs):
+        raise Unreadable("not defined at the same points")
+    return pairs
 
 
 def same_items(one: Answer, two: Answer) -> bool:
@@ -615,7 +619,7 @@ def proportional(one: tuple, two: tuple) -> bool:
 
 def same_ratio(one: Answer, two: Answer) -> bool:
     if one.marks or two.marks:  # times of day: 3:08 is not 9:24
-        return one.parts == two.parts
+        return one.marks == two.marks and one.parts == two.parts
     return proportional(one.parts, two.parts)
 
 

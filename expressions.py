@@ -23,13 +23,15 @@ from sympy import integer_nthroot
 MP = MPContext()
 MP.dps = 70
 CLOSE = MP.mpf(10) ** -55  # relative; equal values differ by rounding alone
-LARGEST, SMALLEST = MP.mpf(10) ** 30, MP.mpf(10) ** -30  # of inexact numbers: else +1 would be lost
+ZERO = MP.mpf(10) ** -62  # relative; what is left when equal numbers cancel
+LARGEST, SMALLEST = MP.mpf(10) ** 100_000, MP.mpf(10) ** -100_000  # of inexact numbers
 TALLEST = (
     10**25
 )  # numerator of a rational that may be an inexact number: it comes no nearer by luck
 BITS, FACTORIAL, DEPTH = 2**15, 2500, 40  # size of a rational, n of n!, nesting
 EFFORT, POWER_EFFORT, FACTORIAL_EFFORT = 128, 4, 16  # of one text; a product is 1
 SIZES = (1, 20, 4000, 1, 20, 1, 4000)  # of variables at the points where they are compared
+PRIMES = (10007, 10009, 10037, 10039, 10061, 10067, 10069)  # no small multiple of x is whole
 for constant in (libmp.pi_fixed, libmp.e_fixed, libmp.ln2_fixed, libmp.ln10_fixed):
     constant(1000)  # cached from now on: threads must not fill these caches at once
 
@@ -62,8 +64,6 @@ def settle(z) -> Number:
 def inexact(x: Number):
     if not isinstance(x, Fraction):
         return x
-    if x and not -100 < x.numerator.bit_length() - x.denominator.bit_length() < 100:
-        raise Unreadable("too large or too small beside an irrational number")
     return MP.mpc(x.numerator) / x.denominator
 
 
@@ -92,9 +92,13 @@ def below(x: Number, y: Number) -> bool:
 def add(x: Number, y: Number) -> Number:
     if isinstance(x, Fraction) and isinstance(y, Fraction):
         return settle(x + y)
-    total = inexact(x) + inexact(y)
-    cancelled = abs(total) <= CLOSE * abs(inexact(x))
-    return Fraction(0) if cancelled else settle(total)
+    x, y = inexact(x), inexact(y)
+    total, larger = x + y, max(abs(x), abs(y))
+    if abs(total) <= ZERO * larger:
+        return Fraction(0)
+    if min(abs(total), abs(x) or larger, abs(y) or larger) < CLOSE * larger:
+        raise Unreadable("so unlike in size that digits are lost")
+    return settle(total)
 
 
 def multiply(x: Number, y: Number) -> Number:
@@ -146,12 +150,15 @@ def exact_root(x: Fraction, degree: int) -> Fraction | None:
 
 def factorial(n: Number) -> Number:
     """n!; of a variable, which is no whole number, it is the gamma function at n + 1."""
-    if not isinstance(n, Fraction) or n > FACTORIAL or (n.denominator == 1 and n < 0):
+    if (
+        not isinstance(n, Fraction)
+        or abs(n) > 30_000
+        or (n.denominator == 1 and n > FACTORIAL)
+        or (n.denominator == 1 and n < 0)
+    ):
         raise Unreadable("no factorial")
     if n.denominator == 1:
         return Fraction(math.factorial(int(n)))
-    if abs(n) > 30:
-        raise Unreadable("no factorial")
     return settle(MP.mpc(MP.gamma(inexact(n + 1).real)))
 
 
@@ -191,6 +198,8 @@ def apply(name: str, x: Number) -> Number:
         return Fraction(0)  # but for rounding, as sin π is
     if name == "arctan" and abs(x) > 10**20:
         raise Unreadable("too near to pi/2")
+    if name in ("tan", "sec", "csc", "cot") and abs(value) > 10**40:
+        raise Unreadable("a pole")
     return settle(value)
 
 
@@ -203,7 +212,8 @@ def variable(name: str, point: int) -> Fraction:
     signs = ord(name) if len(name) == 1 else crc32(name.encode())
     last = len(SIZES) - 1
     negative = point == last or (point > 0 and signs >> (point - 1) & 1)
-    size = SIZES[point] * Fraction(14 + crc32(f"{name} at {point}".encode()) % 60, 13)
+    number = crc32(f"{name} at {point}".encode())
+    size = SIZES[point] * Fraction(10_000 + number % 40_000, PRIMES[point])
     return -size if negative else size
 
 
@@ -249,6 +259,17 @@ class Reader:
         self.text, self.point, self.sign = text, point, sign
         self.at, self.depth, self.bars, self.degrees, self.effort = 0, 0, False, None, 0
         self.names: set[str] = set()
+        self.tall = self.irrational = False
+
+    def weigh(self, value: Number, known: int) -> Number:
+        """Large rationals cost effort; and tall constants, which may be anything but for rounding,
+        have no place beside irrational numbers. known: how many variables there were before.
+        """
+        if isinstance(value, Fraction):
+            size = max(abs(value.numerator), value.denominator)
+            self.spend(size.bit_length() >> 9)
+            self.tall = self.tall or (size > TALLEST and known == len(self.names))
+        return value
 
     def take(self, pattern) -> re.Match | None:
         """Skip spaces and read what the pattern (compiled, or literal text) matches next."""
@@ -269,6 +290,7 @@ class Reader:
         self.depth += 1
         if self.depth > DEPTH:
             raise Unreadable("too deep")
+        known = len(self.names)
         total = self.term()
         while True:
             if self.take("+"):
@@ -280,12 +302,15 @@ class Reader:
             else:
                 self.depth -= 1
                 return total
+            self.weigh(total, known)
 
     def term(self) -> Number:
         """Factors, multiplied, divided or side by side; a / b c is (a / b) c."""
+        known = len(self.names)
         product = self.signed()
         while True:
             self.spend(1)
+            self.weigh(product, known)
             if self.take(TIMES):
                 product = multiply(product, self.signed())
             elif self.take(DIVIDE):
@@ -323,6 +348,7 @@ class Reader:
         if self.take(RAISED):
             self.spend(POWER_EFFORT)
             base = power(base, self.exponent())
+            self.irrational = self.irrational or not isinstance(base, Fraction)
         self.depth -= 1
         return base
 
@@ -356,8 +382,8 @@ class Reader:
         for command, read in {
             r"\frac": lambda: divide(self.argument(), self.argument()),
             r"\sqrt": self.root,
-            r"\binom": lambda: binomial(self.argument(), self.argument()),
-            r"\pi": lambda: settle(MP.mpc(MP.pi)),
+            r"\binom": self.binomial,
+            r"\pi": lambda: self.constant(MP.pi),
         }.items():
             if self.take(command):
                 return read()
@@ -393,12 +419,22 @@ class Reader:
         if self.effort > EFFORT:
             raise Unreadable("too many operations")
 
+    def binomial(self) -> Number:
+        self.spend(3 * FACTORIAL_EFFORT)
+        return binomial(self.argument(), self.argument())
+
+    def constant(self, value) -> Number:
+        self.irrational = True
+        return MP.mpc(value)
+
     def root(self) -> Number:
         self.spend(POWER_EFFORT)
         degree = self.group("[") if self.take("[") else Fraction(2)
         if not isinstance(degree, Fraction) or degree.denominator != 1 or degree < 2:
             raise Unreadable("no root")
-        return power(self.argument(), 1 / degree)
+        value = power(self.argument(), 1 / degree)
+        self.irrational = self.irrational or not isinstance(value, Fraction)
+        return value
 
     def number(self) -> Fraction:
         """12, 0.5, .5, 0.\\overline{3}, or a mixed number: 2\\frac{1}{4}, 2 1/4."""
@@ -435,12 +471,12 @@ class Reader:
         if subscript:
             name += "_" + (subscript[1] or subscript[2])
         elif name == "i":
-            return MP.mpc(0, 1)
+            return self.constant(1j)
         elif name in "fg" and self.take("("):
             self.names.add(name)  # f(2) is a number of its own, but the same as f(1 + 1)
             return variable(f"{name}({describe(self.group('('))})", self.point)
         elif name == "e":
-            return settle(MP.mpc(MP.e))
+            return self.constant(MP.e)
         self.names.add(name)
         return variable(name, self.point)
 
@@ -454,6 +490,7 @@ class Reader:
             base = self.argument()
         if exponent == -1 and f"arc{name}" in FUNCTIONS:
             name, exponent = f"arc{name}", Fraction(1)
+        self.irrational = True
         outside, self.degrees = self.degrees, False  # None outside of functions
         value = self.postfixed() if self.sees("(") else self.side_by_side()
         if self.degrees:
@@ -482,6 +519,8 @@ def read_value(text: str, point: int = 0, sign: int = 0) -> tuple[Number, set[st
     value = reader.expression()
     if not reader.take(NOTHING):
         raise Unreadable("something follows")
+    if reader.tall and reader.irrational:
+        raise Unreadable("too many digits beside an irrational number")
     return value, reader.names
 
 

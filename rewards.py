@@ -52,14 +52,20 @@ def is_copied(stated: str | None, problem: Problem) -> bool:
     """
     if not stated or not OPERATION.search(stated):
         return False
-    stated, asked, gold = map(bare, (stated, problem.question, problem.answer))
-    return stated in asked and stated != gold
+    asked = [part for found in MATHS.findall(problem.question) for part in SIDES.split(found)]
+    formulas = {bare(part) for part in asked if OPERATION.search(part)}
+    stated, gold = bare(stated), bare(problem.answer)
+    within = [formula for formula in formulas if formula in stated and formula not in gold]
+    return any(same_answer(formula, problem.answer) for formula in within[:20]) or (
+        stated != gold and any(stated in formula for formula in formulas)
+    )
 
 
 def bare(formula: str) -> str:
     r"""A formula without layout: \dfrac{1}{2}, \frac12 and 1/2 are spelt alike."""
-    formula = re.sub(r"\\[dt]?frac\s*\{?(\d+)\}?\s*\{?(\d+)\}?", r"\1/\2", formula)
-    return re.sub(r"[\s${}]", "", formula)
+    formula = LAYOUT.sub("", re.sub(r"\\(?:cdot|times)(?![a-z])", "*", formula)).rstrip(".,")
+    formula = re.sub(r"(?<=\\)[dt](?=frac|binom)", "", formula)
+    return re.sub(r"\\frac(?:\{(\d+)\}|(\d))(?:\{(\d+)\}|(\d))", r"\1\2/\3\4", formula)
 
 
 def math_reward(attempt: str, answer: str) -> float:
@@ -68,12 +74,16 @@ def math_reward(attempt: str, answer: str) -> float:
     return float(stated is not None and same_answer(stated, answer))
 
 
+MATHS = re.compile(r"(?:\$|\\\[)(.+?)(?:\$|\\\])", re.DOTALL)
+SIDES = re.compile(r"[=<>]|\\(?:leq?|geq?|neq?|approx)(?![a-z])")
+LAYOUT = re.compile(r"[\s$]|\\[!,;: ]|~|\\(?:left|right|displaystyle)(?![a-z])")
 OPERATION = re.compile(
     r"(?<=[\w)}])\s*[-+*/^!]|\\(?:[dt]?frac|sqrt|log|ln|[dt]?binom|lceil|lfloor|cdot|times|div|overline"
     r"|(?:arc)?(?:sin|cos|tan))"
 )
 PAPERS_FORM = re.compile(  # and nothing like "$5$ or $6$"
-    r"[Tt]he final answer is:?\s*\$((?:\\.|[^$\\])+)\$(?!\s*(?:,|or\b|and\b)[^.\n]{0,99}\$)",
+    r"[Tt]he final answer is:?\s*\$((?:\\.|[^$\\])+)\$\s*"
+    r"(?:\.(?!\s*[Oo]r\b)|!|,?\s*I hope|\n|\Z)",
     re.DOTALL,
 )
 

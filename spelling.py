@@ -113,12 +113,18 @@ NOUNS = set(
 )
 TWISTS = set(
     "not no nor never than if when unless except squared cubed factorial minus plus times dozen "
-    "all dozens dots wrong incorrect false half halves maybe perhaps but base mod modulo more less "
-    "most least to vs versus hundreds thousands millions billions trillions thirds quarters "
-    "fourths fifths sixths sevenths eighths ninths tenths hundredths thousandths pairs scores "
-    "minuses negatives per ones twos threes fours fives sixes sevens eights nines tens xor "
-    "millionths billionths twelfths decades gross grosses googols lakhs zeros factorials squares "
-    "cubes roots inverses multiplied divided others errors mistakes guesses".split()
+    "all dozens dots wrong incorrect false half halves maybe perhaps but base mod modulo more "
+    "less most least to vs versus hundreds thousands millions billions trillions thirds "
+    "quarters fourths fifths sixths sevenths eighths ninths tenths hundredths thousandths pairs "
+    "scores minuses negatives per ones twos threes fours fives sixes sevens eights nines tens "
+    "xor millionths billionths twelfths decades gross grosses googols lakhs zeros factorials "
+    "squares cubes roots inverses multiplied divided others errors mistakes guesses isnt "
+    "excludes exceeds besides wrongs wrongly nots lies lie fails misses falsehoods doubts fake "
+    "anti non un negated negation negative opposite opposites reciprocal reciprocals without "
+    "twice double doubles triple triples halvings powers thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred "
+    "twenties quarter myriads quadrillions quintillions pluses reversed hex binary octal "
+    "roughly approx guess root upper lower bound choices neither none".split()
 )
 
 

@@ -204,6 +204,8 @@ HOSTILE = [
     *("∪".join(["(e,π)"] * 99), "∪".join(["(e,π)", "(9,9e)"] * 45), "x<y<" * 149 + "x"),
     *(r"±\log_xx," * 48 + "5", r"±\arctan x," * 40 + "5", r"(e,π)∪" * 15 + "(1,2)"),
     *(r"\pi x\begin{pmatrix}" + "xe&" * 180 + r"5\end{pmatrix}", r"(0,9)\setminus\{" + "e," * 200),
+    *("y=x(" + "+".join([r"\binom{2500}{1250}"] * 28) + ")", "y=" + r"\arctan x+" * 24 + "5"),
+    *("z=x+" + "7^{9999}/3^{9999}+" * 15 + "5", r"\pm\cot x" * 24, "y=" + "x!+" * 11 + "5"),
     *("5 " + "number " * 80 + "x", r"5\text{a}" * 50, ",".join(["x=y!^y"] * 24), "xy," * 60 + "5"),
     *(r"\sin x" * 20 + r"\begin{array}{c}" + "1&" * 200 + r"1\end{array}", "x=5=" * 140 + "5"),
     *(r"\cup" * 140, r"(1,2)\cup" * 60, r"\begin{pmatrix} 5 & 1 \\ 2 \end{pmatrix}", "a b" * 190),

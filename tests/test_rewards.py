@@ -30,6 +30,8 @@ def test_math_is_rewarded_for_the_final_answer_alone():
     [
         (r"Compute $55^2 - 45^2$.", "1000", "55^2 - 45^2", 0.0),
         (r"Compute $55^2 - 45^2$.", "1000", "1000", 1.0),
+        (r"Compute $55^2 - 45^2$.", "1000", r"x = \left(55^2 -\, 45^2\right) + 0", 0.0),
+        (r"If \[x - 1 = 2 \cdot 3,\] find $x$.", "7", r"2 \times 3 + 1", 1.0),  # his own work
         (r"Factor $t^2-49$.", "(t-7)(t+7)", "t^2 - 49", 0.0),
         (r"Factor $t^2-49$.", "(t-7)(t+7)", "(t+7)(t-7)", 1.0),
         (r"Simplify $\sqrt{192}$.", r"8\sqrt{3}", r"\sqrt{192}", 0.0),
@@ -47,7 +49,9 @@ def test_a_formula_copied_from_the_question_is_no_answer(question, answer, state
 def test_of_two_final_answers_in_one_sentence_none_counts():
     assert final_answer("The final answer is $5$ or $6$.") is None
     assert final_answer("The final answer is $5$, $6$.") is None
+    assert final_answer("The final answer is $5$ / $6$, or so") is None
     assert final_answer("The final answer is $5$. It is not $6$.") == "5"
+    assert final_answer("The final answer is $5$\nI hope it is correct.") == "5"
 
 
 def test_an_unreadable_attempt_states_nothing():
