@@ -41,16 +41,17 @@ def reward(attempt: str, problem: Problem) -> float:
     """r̂(y, y*): 1.0 if the attempt states the problem's true answer, else 0.0 (section 3)."""
     if problem.task == "sums":
         return float(sums_answer(attempt) == problem.answer)
-    return math_reward(attempt, problem.answer) * (not is_copied(final_answer(attempt), problem))
+    right = math_reward(attempt, problem.answer) == 1.0
+    return float(right and not is_copied(final_answer(attempt), problem))
 
 
-def is_copied(stated: str | None, problem: Problem) -> bool:
+def is_copied(stated: str, problem: Problem) -> bool:
     """Is it a formula of the question? Where that is to be worked out, its value is the right one.
 
     NOT IN PAPER, as is all of this checker. A number or word may well stand in the question, and
     so may what is spelt as the answer is.
     """
-    if not stated or not OPERATION.search(stated):
+    if not OPERATION.search(stated):
         return False
     asked = [part for found in MATHS.findall(problem.question) for part in SIDES.split(found)]
     formulas = {bare(part) for part in asked if OPERATION.search(part)}
@@ -81,11 +82,8 @@ OPERATION = re.compile(
     r"(?<=[\w)}])\s*[-+*/^!]|\\(?:[dt]?frac|sqrt|log|ln|[dt]?binom|lceil|lfloor|cdot|times|div|overline"
     r"|(?:arc)?(?:sin|cos|tan))"
 )
-PAPERS_FORM = re.compile(  # and nothing like "$5$ or $6$"
-    r"[Tt]he final answer is:?\s*\$((?:\\.|[^$\\])+)\$\s*"
-    r"(?:\.(?!\s*[Oo]r\b)|!|,?\s*I hope|\n|\Z)",
-    re.DOTALL,
-)
+PAPERS_FORM = re.compile(r"[Tt]he final answer is:?\s*\$((?:\\.|[^$\\])+)\$", re.DOTALL)
+AFTER_IT = re.compile(r"\s*(?:\.(?!\s*[Oo]r\b)|!|,?\s*I hope|\n|\Z)")  # not: "$5$ or $6$"
 
 
 def final_answer(text: str) -> str | None:
@@ -93,9 +91,10 @@ def final_answer(text: str) -> str | None:
     "The final answer is $..$" (the form the paper's prompt asks for), else None.
     """
     text = text[-TAIL:]
-    forms = PAPERS_FORM.findall(text)
-    box = last_box(text)
-    return box if box is not None or not forms else forms[-1].strip()
+    box, forms = last_box(text), list(PAPERS_FORM.finditer(text))
+    if box is not None or not forms or not AFTER_IT.match(text, forms[-1].end()):
+        return box
+    return forms[-1][1].strip()
 
 
 def same_answer(prediction: str, gold: str) -> bool:
@@ -109,7 +108,5 @@ def same_answer(prediction: str, gold: str) -> bool:
         return False
     try:
         return same(*(read_answer(text) for text in (prediction, gold)))
-    except (
-        Exception
-    ):  # Unreadable, or what else a text can provoke: no reward, and no end of the run
+    except Exception:  # Unreadable, or what else a text may provoke: it shall not end the run
         return False

@@ -50,6 +50,7 @@ def test_of_two_final_answers_in_one_sentence_none_counts():
     assert final_answer("The final answer is $5$ or $6$.") is None
     assert final_answer("The final answer is $5$, $6$.") is None
     assert final_answer("The final answer is $5$ / $6$, or so") is None
+    assert final_answer("The final answer is $5$. No: The final answer is $5$ or $6$.") is None
     assert final_answer("The final answer is $5$. It is not $6$.") == "5"
     assert final_answer("The final answer is $5$\nI hope it is correct.") == "5"
 
