@@ -232,6 +232,11 @@ def read_bracketed(text: str, depth: int) -> Answer:
     if marks == "{}" or (len(parts) == 1 and marks in ("()", "[]")):
         return read(inner, depth)
     items = tuple(read(part, depth) for part in parts)
+    if any(item.marks == "±" for item in items):  # (±2, 0) is two points
+        both = [[item.parts[i] if item.marks == "±" else item for item in items] for i in (0, 1)]
+        return Answer(
+            "list", tuple(Answer("tuple", tuple(i), marks=marks) for i in both), marks="±"
+        )
     if any(item.kind == "list" for item in items) or marks not in ("()", "[]", "(]", "[)"):
         raise Unreadable("no tuple")
     if len(parts) == 1:

@@ -109,7 +109,7 @@ ZERO_TO_TWELVE = "zero one two three four five six seven eight nine ten eleven t
 # Words that may stand behind a number or not: known units, nouns in the plural, and these. But with
 # a twist among them the number is not what it was.
 NOUNS = set(
-    "unit way degree radian point percent people men women children sq square cubic".split()
+    "unit way degree radian point percent people men women children old sq square cubic".split()
 )
 TWISTS = set(
     "not no nor never than if when unless except squared cubed factorial minus plus times dozen "
@@ -187,5 +187,5 @@ def spell_run(found: re.Match) -> str:
         if glued := re.fullmatch(f"([A-Za-z]?){name}([A-Za-z]?)", letters):  # xsqrt(2), sinx
             return rf"{glued[1]}\{name} {glued[2]}"
     apart = found.string[: found.start()][-1:] in ("", *" (,;[⦃»∨/=")  # 5xyzw is a product
-    word = lower in UNITS or lower in NOUNS or (apart and len(letters) > 3)
+    word = lower in {"per", *UNITS, *NOUNS} or (apart and len(letters) > 3)
     return f"«{letters}»" if word else letters
