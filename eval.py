@@ -2,6 +2,7 @@
 
     python eval.py --model runs/sums/stage2                 greedy, two attempts, 2,000 problems
     python eval.py --model runs/sums/stage2 --attempts 4    more attempts than in training
+    python eval.py --model runs/math/stage2 --task math     MATH500, by level and by subject too
     python eval.py --plot runs/sums                         the learning curve, as a PNG
 
 The metrics are those of section 3 of the paper. delta_i_to_c and delta_c_to_i are fractions of ALL
