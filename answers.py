@@ -108,9 +108,7 @@ def read(text: str, depth: int = 0) -> Answer:
     if depth > NESTED or not text.strip():
         raise Unreadable("empty, or too deep")
     for separators in (",;", "∨"):
-        parts = split(text, separators)
-        if len(parts) > LISTED:
-            raise Unreadable("too long a list")
+        parts = few(split(text, separators), LISTED)
         if len(parts) > 1:
             return as_list([read(part, depth + 1) for part in parts], either=separators == "∨")
     return read_item(text.strip(), depth + 1)
@@ -182,10 +180,10 @@ def read_item(text: str, depth: int) -> Answer:
     return read_number("".join(x for at, x in enumerate(text) if at not in grouping))
 
 
-def few(parts) -> tuple:
+def few(parts, most: int = JOINED) -> tuple:
     """As many as an answer joins, or Unreadable: each is compared with each."""
     parts = tuple(parts)
-    if len(parts) > JOINED:
+    if len(parts) > most:
         raise Unreadable("too many parts")
     return parts
 
@@ -293,6 +291,8 @@ def read_words(text: str, depth: int) -> Answer:
         unit = re.sub(r"[«».\s{}/]+", " ", rest).lower().replace(" per ", " ").split()
         zeros = [SCALES[word] for word in unit if word in SCALES]
         unit = [word for word in unit if word not in SCALES]
+        if unit in (["a", "m"], ["p", "m"]):
+            unit = ["".join(unit)]
         if zeros:
             number = f"({number}) \\cdot 10^{{{sum(zeros)}}}"
         if not unit or is_unit(unit):
@@ -307,8 +307,6 @@ def is_unit(words: list[str]) -> bool:
     words = [word.rstrip("23^") for word in words if word.rstrip("23^")]
     if not words or TWISTS & set(words) or set(ZERO_TO_TWELVE) & set(words) or len(words) > 4:
         return False
-    if "".join(words) in ("am", "pm"):
-        return True
     noun = words[-1] in UNITS or words[-1] in NOUNS or words[-1][-1:] == "s"
     return noun and all(word.isalpha() for word in words)
 
@@ -330,8 +328,6 @@ def phrase(text: str) -> Answer:
 
 def unit_name(words: list[str]) -> str:
     """The short name of a known unit with its power, "" for any other words."""
-    if "".join(words) in ("am", "pm"):
-        return "".join(words)
     text = " ".join(words)
     known = [UNITS[word] for word in re.sub(r"\^ ?\d", "", text).split() if word in UNITS]
     squared = re.search(r"\bsq(uare)?\b|\^ ?2", text)
@@ -349,8 +345,7 @@ FLIPPED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤", "≠": "≠"}
 def read_relation(text: str, depth: int) -> Answer:
     """name = value, an equation, an inequality, or a chain of them."""
     signs = RELATION.findall(text)
-    sides = [side.strip() for side in split(RELATION.sub("\0", text), "\0")]
-    few(sides)
+    sides = few(side.strip() for side in split(RELATION.sub("\0", text), "\0"))
     if len(sides) != len(signs) + 1:
         raise Unreadable("a relation within brackets")
     if signs[-1] == "≈" and "≈" not in signs[:-1]:
@@ -364,22 +359,21 @@ def read_relation(text: str, depth: int) -> Answer:
     return read_inequality(sides, signs)
 
 
-def read_approximation(text: str, sides: list[str], depth: int) -> Answer:
+def read_approximation(text: str, sides: tuple[str, ...], depth: int) -> Answer:
     """≈ 8.24, or x = 2/3 ≈ 0.67: the exact value, if the other is what it rounds to."""
     *_, exact, near = sides
     if len(sides) == 2 and (not exact or VARIABLE.fullmatch(exact)):
         constant(near.partition("«")[0])  # or Unreadable
         return replace(read(near, depth), name=exact)
-    decimals = re.search(r"\.(\d+)", near)
     if not re.fullmatch(r"-?\d*\.?\d+", near):
         raise Unreadable("no rounded number")
-    unit = read_value(f"10^{{-{len(decimals[1]) if decimals else 0}}}")[0]
-    if below(multiply(HALF, unit), size(add(constant(exact), -constant(near)))):
+    slack = HALF / 10 ** len(near.partition(".")[2])
+    if below(slack, size(add(constant(exact), -constant(near)))):
         raise Unreadable("two answers")
     return read(text.rpartition("≈")[0], depth)
 
 
-def read_equation(sides: list[str], depth: int) -> Answer:
+def read_equation(sides: tuple[str, ...], depth: int) -> Answer:
     """x = 5 is the value 5 by the name of x, x + y = 5 is an equation."""
     if len(sides) == 2 and VARIABLE.fullmatch(sides[1]) and not VARIABLE.fullmatch(sides[0]):
         sides = sides[::-1]
@@ -431,7 +425,7 @@ def difference(left: str, right: str) -> tuple[Number, ...]:
     return values
 
 
-def read_inequality(sides: list[str], signs: list[str]) -> Answer:
+def read_inequality(sides: tuple[str, ...], signs: list[str]) -> Answer:
     """x > 3 and -1 < x ≤ 2 as the numbers that x may be, s^2 < 8r as it is."""
     names = [at for at, side in enumerate(sides) if VARIABLE.fullmatch(side)]
     others = [side for at, side in enumerate(sides) if at not in names]
@@ -444,7 +438,8 @@ def read_inequality(sides: list[str], signs: list[str]) -> Answer:
     return chain[0] if len(chain) == 1 else Answer("chain", chain)
 
 
-def read_bounds(sides: list[str], signs: list[str], named: int) -> Answer:
+def read_bounds(sides: tuple[str, ...], signs: list[str], named: int) -> Answer:
+    """The numbers that the side `named` may be."""
     low, high = (-math.inf, False), (math.inf, False)
     name = re.sub(r"\s", "", sides[named])
     one_way = {*signs} <= {*"<≤"} or {*signs} <= {*">≥"}

@@ -57,12 +57,13 @@ MATH_CORRECTION = (
 class Task:
     """How a task asks, {} being the question, and asks again; and how it is evaluated.
 
-    max_new_tokens: of one attempt. precision: of the weights. rows: attempted side by side.
+    problems: held out. max_new_tokens: of one attempt. precision: of the weights. rows: attempted
+    side by side. Each is a flag of eval.py, and of score.py.
     """
 
     first: str
     again: str
-    test_size: int
+    problems: int
     max_new_tokens: int
     precision: str
     rows: int
@@ -99,16 +100,18 @@ def load_problems(task: str, split: str, count: int | None = None, folder: str =
 
     folder: of MATH's files, "" for the hub. Raises InputError where there is nothing to read.
     """
-    check_task(task)
+    check_task(task, folder)
     if task == "math":
         return math_problems(folder)[split][:count]
     return sums_problems(split, 20_000 if count is None else count)
 
 
-def check_task(task: str) -> None:
-    """Raise InputError for a task that there is not."""
+def check_task(task: str, folder: str) -> None:
+    """Raise InputError for a task that there is not, or one that takes no --data `folder`."""
     if task not in TASKS:
         raise InputError(f"--task {task} is unknown: choose {' or '.join(TASKS)}")
+    if folder and task != "math":
+        raise InputError(f"--data {folder} is for --task math: add that, or leave out --data")
 
 
 # --- 1. Column addition ----------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from data import TASKS, Chat, InputError, Problem, check_task, load_problems, read_chat
-from models import load_checkpoint
+from models import check_precision, load_checkpoint
 from rewards import agree, stated_answer
 from runs import as_flag, check_folder, plot_run, read_json, write_atomically
 from sample import Episode, Sampling, askable, rollout
@@ -153,19 +153,26 @@ def reject(message: str) -> None:
     raise InputError(message)
 
 
+OF_TASK = {  # flags whose default is the task's
+    "problems": "held-out problems",
+    "max_new_tokens": "of one attempt",
+    "precision": "of the weights",
+    "rows": "attempted side by side",
+}
+
+
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", help="checkpoint folder, or name on the Hugging Face hub")
     parser.add_argument("--task", default="sums", help=" or ".join(TASKS))
     parser.add_argument("--data", default="", help="folder of MATH's JSONL files, not the hub")
     parser.add_argument("--attempts", type=int, default=2)
-    parser.add_argument("--problems", type=int, help="held-out problems (default: 2000, math: 500)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
-    parser.add_argument(
-        "--max-new-tokens", type=int, help="of one attempt (default: 10, math: 1024)"
-    )
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), help="(math: bfloat16)")
-    parser.add_argument("--rows", type=int, help="attempted side by side (default: 500, math: 64)")
+    for name, words in OF_TASK.items():
+        usual = ", ".join(f"{task}: {getattr(TASKS[task], name)}" for task in TASKS)
+        parser.add_argument(
+            as_flag(name), type=type(getattr(TASKS["sums"], name)), help=f"{words} ({usual})"
+        )
     parser.add_argument("--seed", default="eval", help="of sampling, at a temperature above 0")
     parser.add_argument("--out", type=Path, help="folder to write to (default: MODEL/eval)")
     parser.add_argument("--plot", type=Path, metavar="RUN", help="draw a run's learning curve")
@@ -189,19 +196,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def report(args: argparse.Namespace) -> None:
     """Evaluate a model, print every metric and its interval, write both files."""
-    check_task(args.task)
-    task = TASKS[args.task]
-    usual = {"problems": task.test_size, "max_new_tokens": task.max_new_tokens}
-    usual |= {"precision": task.precision, "rows": task.rows}
-    for name, value in usual.items():
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    check_task(args.task, args.data)
+    for name in OF_TASK:
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(TASKS[args.task], name))
+    check_precision(args.precision)
     for name in ("attempts", "problems", "max_new_tokens", "rows"):
         if getattr(args, name) < 1:
             raise InputError(f"{as_flag(name)} must be 1 or more")
     if not args.model:
         raise InputError("--model is missing: name a checkpoint folder, or --plot a run folder")
-    if args.data and args.task != "math":
-        raise InputError(f"--data {args.data} is for --task math: add that, or leave out --data")
     if not args.temperature >= 0:
         raise InputError(f"--temperature {args.temperature} must be 0 (greedy) or more")
     problems = load_problems(args.task, "test", args.problems, args.data)

@@ -25,9 +25,7 @@ MP.dps = 70
 CLOSE = MP.mpf(10) ** -55  # relative; equal values differ by rounding alone
 ZERO = MP.mpf(10) ** -62  # relative; what is left when equal numbers cancel
 LARGEST, SMALLEST = MP.mpf(10) ** 100_000, MP.mpf(10) ** -100_000  # of inexact numbers
-TALLEST = (
-    10**25
-)  # numerator of a rational that may be an inexact number: it comes no nearer by luck
+TALLEST = 10**25  # of a rational that may equal an irrational: it comes no nearer by luck
 BITS, FACTORIAL, DEPTH = 2**15, 2500, 40  # size of a rational, n of n!, nesting
 EFFORT, POWER_EFFORT, FACTORIAL_EFFORT = 128, 4, 16  # of one text; a product is 1
 SIZES = (1, 20, 4000, 1, 20, 1, 4000)  # of variables at the points where they are compared
@@ -150,14 +148,11 @@ def exact_root(x: Fraction, degree: int) -> Fraction | None:
 
 def factorial(n: Number) -> Number:
     """n!; of a variable, which is no whole number, it is the gamma function at n + 1."""
-    if (
-        not isinstance(n, Fraction)
-        or abs(n) > 30_000
-        or (n.denominator == 1 and n > FACTORIAL)
-        or (n.denominator == 1 and n < 0)
-    ):
+    if not isinstance(n, Fraction) or abs(n) > 30_000:
         raise Unreadable("no factorial")
     if n.denominator == 1:
+        if not 0 <= n <= FACTORIAL:
+            raise Unreadable("no factorial, or too large a one")
         return Fraction(math.factorial(int(n)))
     return settle(MP.mpc(MP.gamma(inexact(n + 1).real)))
 
@@ -213,8 +208,8 @@ def variable(name: str, point: int) -> Fraction:
     last = len(SIZES) - 1
     negative = point == last or (point > 0 and signs >> (point - 1) & 1)
     number = crc32(f"{name} at {point}".encode())
-    size = SIZES[point] * Fraction(10_000 + number % 40_000, PRIMES[point])
-    return -size if negative else size
+    value = SIZES[point] * Fraction(10_000 + number % 40_000, PRIMES[point])
+    return -value if negative else value
 
 
 # --- 2. Reading -------------------------------------------------------------------------------
@@ -261,15 +256,14 @@ class Reader:
         self.names: set[str] = set()
         self.tall = self.irrational = False
 
-    def weigh(self, value: Number, known: int) -> Number:
+    def weigh(self, value: Number, known: int) -> None:
         """Large rationals cost effort; and tall constants, which may be anything but for rounding,
         have no place beside irrational numbers. known: how many variables there were before.
         """
         if isinstance(value, Fraction):
-            size = max(abs(value.numerator), value.denominator)
-            self.spend(size.bit_length() >> 9)
-            self.tall = self.tall or (size > TALLEST and known == len(self.names))
-        return value
+            height = max(abs(value.numerator), value.denominator)
+            self.spend(height.bit_length() >> 9)
+            self.tall = self.tall or (height > TALLEST and known == len(self.names))
 
     def take(self, pattern) -> re.Match | None:
         """Skip spaces and read what the pattern (compiled, or literal text) matches next."""
@@ -379,14 +373,6 @@ class Reader:
         for opening in CLOSING:
             if self.take(opening):
                 return self.group(opening)
-        for command, read in {
-            r"\frac": lambda: divide(self.argument(), self.argument()),
-            r"\sqrt": self.root,
-            r"\binom": self.binomial,
-            r"\pi": lambda: self.constant(MP.pi),
-        }.items():
-            if self.take(command):
-                return read()
         if self.sees(NUMBER):
             return self.number()
         if found := self.take(GREEK):
@@ -455,11 +441,16 @@ class Reader:
         return value
 
     def letters(self) -> Number:
-        """A function with its argument, i, e, or a variable with its subscript."""
-        found = self.take(COMMAND)
-        if found:
+        """A command, a function with its argument, i, e, or a variable with its subscript."""
+        if found := self.take(COMMAND):
             if found[1] in FUNCTIONS:
                 return self.function(found[1])
+            if found[1] == "frac":
+                return divide(self.argument(), self.argument())
+            if found[1] in ("sqrt", "binom"):
+                return self.root() if found[1] == "sqrt" else self.binomial()
+            if found[1] == "pi":
+                return self.constant(MP.pi)
             raise Unreadable("unknown command")
         found = self.take(LETTER)
         if not found:

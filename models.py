@@ -31,6 +31,12 @@ def quiet_transformers() -> None:
     transformers.logging.disable_progress_bar()
 
 
+def check_precision(precision: str) -> None:
+    """Raise InputError for a precision that there is not."""
+    if precision not in ("float32", "bfloat16"):
+        raise InputError(f"--precision {precision} is unknown: choose float32 or bfloat16")
+
+
 def load_checkpoint(name: str, precision: str = "float32"):
     """Model (eval mode) and tokenizer of a checkpoint folder or a hub name.
 

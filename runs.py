@@ -27,6 +27,7 @@ import transformers
 from tqdm import tqdm
 
 from data import InputError, check_task
+from models import check_precision
 
 LOGS, RESULTS = ("metrics.jsonl", "samples.txt"), "results.json"
 BEGUN = {"base", RESULTS, "state.pt"}  # what is written before config.json
@@ -131,7 +132,7 @@ def evaluating(cfg) -> str:
 def check_settings(cfg) -> None:
     """Raise InputError for a setting that cannot work, before anything is written."""
     plan_of(cfg.stage)
-    check_task(cfg.task)
+    check_task(cfg.task, cfg.data)
     positive = ("steps1", "steps2", "batch", "lr", "clip", "max_new_tokens", "temperature")
     for name in (*positive, "rows", "micro_tokens", "save_every", "show_every", "problems"):
         if not 0 < getattr(cfg, name) < math.inf:
@@ -146,12 +147,9 @@ def check_settings(cfg) -> None:
     check_folder(Path(cfg.out))
     if not 0 <= cfg.offline <= 1:
         raise InputError(f"--offline {cfg.offline} is a share of the problems: give 0 to 1")
-    if cfg.precision not in ("float32", "bfloat16"):
-        raise InputError(f"--precision {cfg.precision} is unknown: choose float32 or bfloat16")
+    check_precision(cfg.precision)
     if cfg.recompute not in (0, 1):
         raise InputError(f"--recompute {cfg.recompute} must be 0 or 1")
-    if cfg.data and cfg.task != "math":
-        raise InputError(f"--data {cfg.data} is for --task math: add that, or leave out --data")
     if cfg.model == "builtin" and cfg.task != "sums":
         raise InputError(f"--model builtin can only add: name a model for --task {cfg.task}")
 

@@ -87,6 +87,7 @@ TEXT = re.compile(
 KEPT_IN_TEXT = re.compile(r"((?<![A-Za-z^\d.])\d[\d.,:/]*|[(),;:%=&]|\band\b|\bor\b)")
 WORDS = re.compile(r"\s*(?:[A-Za-z\s./-]*|[A-Za-z\s./]+\^?\{?[23]\}?|[A-Z0-9]+)\s*")
 BARE_WORDS = {"and": ",", "or": "∨"} | dict.fromkeys(("infinity", "inf", "oo"), r"\infty ")
+GLUED = re.compile(f"([A-Za-z]?)({'|'.join(FUNCTIONS)}|sqrt|pi)([A-Za-z]?)")  # xsqrt(2), sinx
 RUN = re.compile(r"\\(?:begin|end)\s*\{\w+\}|\\[A-Za-z]+|«[^»]*»|([A-Za-z]{2,})")
 
 # What a unit is called, by its short name; other words after a number may be there or not.
@@ -183,9 +184,8 @@ def spell_run(found: re.Match) -> str:
         return BARE_WORDS[lower]
     if letters == "sec" and not found.string[found.end() :].strip(" ."):
         return "«sec»"  # ten seconds, not a secant
-    for name in (*FUNCTIONS, "sqrt", "pi"):
-        if glued := re.fullmatch(f"([A-Za-z]?){name}([A-Za-z]?)", letters):  # xsqrt(2), sinx
-            return rf"{glued[1]}\{name} {glued[2]}"
+    if glued := GLUED.fullmatch(letters):
+        return rf"{glued[1]}\{glued[2]} {glued[3]}"
     apart = found.string[: found.start()][-1:] in ("", *" (,;[⦃»∨/=")  # 5xyzw is a product
     word = lower in {"per", *UNITS, *NOUNS} or (apart and len(letters) > 3)
     return f"«{letters}»" if word else letters

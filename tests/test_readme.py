@@ -68,7 +68,7 @@ def test_the_settings_of_math_are_table_8():
     for task, known in TASKS.items():  # eval.py's defaults are score.py's
         cfg = score.configure({"task": task})
         asked = (cfg.max_new_tokens, cfg.precision, cfg.rows, cfg.problems)
-        assert asked == (known.max_new_tokens, known.precision, known.rows, known.test_size)
+        assert asked == (known.max_new_tokens, known.precision, known.rows, known.problems)
 
 
 def test_every_metric_is_in_its_table():
