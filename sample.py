@@ -1,10 +1,9 @@
 """How a policy attempts a problem: twice or more, in one KV cache.
 
-`rollout` samples attempt 1, asks again, samples attempt 2 ... or decodes greedily. The cache of an
-attempt is kept for the next one, and finished rows leave the batch. Every draw has its own random
-number, fixed by (seed, problem, sample, attempt, token), so that what a row becomes does not depend
-on the rest of the batch. A model is any Hugging Face causal LM whose cache holds keys and values.
-Next to read: eval.py.
+`rollout` samples attempt 1, asks again, samples attempt 2 ... or decodes greedily. Finished rows
+leave the batch, and an attempt is continued from what cache.py holds of those before it. Every draw
+has its own random number, fixed by (seed, problem, sample, attempt, token), so that what a row
+becomes does not depend on the rest of the batch. Next to read: eval.py.
 """
 
 import hashlib
@@ -13,9 +12,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from transformers import DynamicCache
 
+from cache import cache_for
 from data import Chat, InputError, Problem
 from rewards import reward
 
@@ -87,19 +85,14 @@ def rollout_rows(model, chat: Chat, problems, sampling: Sampling, begun, uniform
     x1 = {problem.id: chat.x1(problem) for problem in problems}
     prompts = [x1[problem.id] for problem in problems]
     attempts = [list(episode.attempts) for episode in begun] or [[] for _ in problems]
-    held = torch.ones(len(problems), 0, dtype=torch.long, device=model.device)
-    parked = [(DynamicCache(), held, torch.arange(len(problems), device=model.device))]
-    first = len(attempts[0])
+    longest = max(map(len, prompts))
+    columns = longest + sampling.attempts * (sampling.max_new_tokens + 1 + len(chat.p1))
+    cache = cache_for(model, len(problems), columns)
     with torch.inference_mode():
-        for number in range(first, sampling.attempts):
+        for number in range(len(attempts[0]), sampling.attempts):
             made = [segments(chat, *row) for row in zip(prompts, attempts, strict=True)]
-            feed = [[token for tokens, _ in parts for token in tokens] for parts in made]
-            if number > first:  # the cache holds all but the end token and the instruction
-                feed = [row[-1 - len(chat.p1) :] for row in feed]
-            drawn = uniforms[:, number]
-            past = join(parked)
-            parked.clear()  # its memory is needed
-            answers, parked = decode(model, past, feed, drawn, sampling, chat.end_ids)
+            contexts = [[token for tokens, _ in parts for token in tokens] for parts in made]
+            answers = decode(cache, contexts, uniforms[:, number], sampling, chat.end_ids)
             for problem, row, answer in zip(problems, attempts, answers, strict=True):
                 row.append(judge(chat, problem, *map(list, zip(*answer, strict=True))))
     return [
@@ -126,51 +119,23 @@ def judge(chat: Chat, problem: Problem, tokens: list[int], logp: list[float]) ->
     return Attempt(tokens, logp, text, tokens[-1] in chat.end_ids, reward(text, problem))
 
 
-def decode(model, past, feed, uniforms, sampling: Sampling, end_ids):
-    """Continue every row by one attempt.
+def decode(cache, contexts, uniforms, sampling: Sampling, end_ids):
+    """Continue every row by one attempt; returns the (token, log-prob)s of each row.
 
-    Args: past, the (cache, held) of the rows so far, held (B, S) being 1 where a column is real
-    (pads are on the left); feed, the new token ids of each row; uniforms, (B, max_new_tokens).
-    Returns the (token, log-prob)s of each row, and the parked caches that `join` makes a past of.
+    contexts: the token ids of all that comes before; uniforms: (B, max_new_tokens).
     """
-    cache, held = past
-    ids, fed = left_pad(feed, held.device)  # (B, new)
-    held = torch.cat([held, fed], dim=1)  # (B, S)
-    live = torch.arange(len(feed), device=ids.device)
-    answers, parked, ends = [[] for _ in feed], [], torch.tensor(end_ids, device=ids.device)
-    for step in range(sampling.max_new_tokens + 1):
-        logits = next_logits(model, cache, ids, held)  # (B live, V)
-        if step == sampling.max_new_tokens:
-            break  # the last token of a cut-off attempt is in the cache now, as attempt 2 needs it
-        token, logp = draw(logits, uniforms[live, step], sampling.temperature)
+    answers = [[] for _ in contexts]
+    ends = torch.tensor(end_ids, device=uniforms.device)
+    live, logits = cache.read(contexts)  # (n,), (n, V)
+    for step in range(sampling.max_new_tokens):
+        token, logp = draw(logits, uniforms[live, step], sampling.temperature)  # (n,), (n,)
         for row, *sampled in zip(live.tolist(), token.tolist(), logp.tolist(), strict=True):
             answers[row].append(sampled)
-        ended = torch.isin(token, ends)
-        if ended.any():
-            parked.append((copy_rows(cache, ended), held[ended], live[ended]))
-            cache.batch_select_indices(~ended)
-            held, live, token = held[~ended], live[~ended], token[~ended]
-        if not len(live):
+        kept = cache.keep(~torch.isin(token, ends))
+        if not len(kept) or step + 1 == sampling.max_new_tokens:
             break
-        ids, held = token[:, None], F.pad(held, (0, 1), value=1)
-    return answers, [*parked, (cache, held, live)]
-
-
-def next_logits(model, cache, ids, held):
-    """Feed ids (B, new) behind the cache; returns float32 logits (B, V) of the next token."""
-    position_ids = (held.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    last = torch.tensor([ids.shape[1] - 1], device=ids.device)  # an index, so the slice is a copy
-    return (
-        model(
-            input_ids=ids,
-            attention_mask=held,
-            position_ids=position_ids,
-            past_key_values=cache,
-            logits_to_keep=last,
-        )
-        .logits[:, 0]
-        .float()
-    )
+        live, logits = live[kept], cache.step(token[kept])
+    return answers
 
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float):
@@ -179,13 +144,13 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float):
     Shapes: logits (B, V), uniform (B,) in [0, 1). Returns (B,), (B,). 1 - uniform lies in (0, 1],
     so the first token whose CDF reaches it always has a positive probability.
     """
-    logp = (logits / (temperature or 1.0)).log_softmax(dim=-1)
+    probabilities = (logits if temperature in (0, 1) else logits / temperature).softmax(dim=-1)
     if temperature == 0:
-        token = logp.argmax(dim=-1)
+        token = logits.argmax(dim=-1)
     else:
-        cdf = logp.exp().cumsum(dim=-1)
+        cdf = probabilities.cumsum(dim=-1)
         token = torch.searchsorted(cdf, (1 - uniform)[:, None] * cdf[:, -1:])[:, 0]
-    return token, logp.gather(1, token[:, None])[:, 0]
+    return token, probabilities.gather(1, token[:, None])[:, 0].log()
 
 
 def draw_uniforms(problems: list[Problem], sampling: Sampling) -> torch.Tensor:
@@ -215,38 +180,6 @@ def askable(problems, model, chat: Chat, sampling: Sampling) -> list[Problem]:
     if not kept:
         raise InputError("no problem leaves room for the attempts: lower --max-new-tokens")
     return kept
-
-
-def left_pad(rows: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (B, S) with the pads on the left, and 1 where a token is real (B, S)."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
-    real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, real
-
-
-def copy_rows(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:
-    copied = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        copied.update(layer.keys[rows], layer.values[rows], index)
-    return copied
-
-
-def join(parked: list) -> tuple[DynamicCache, torch.Tensor]:
-    """One past of all rows again, in their first order: pads are on the left, without holes."""
-    width = max(int(held.sum(dim=1).max()) for _, held, rows in parked if len(rows))
-    order = torch.cat([rows for _, _, rows in parked]).argsort()
-
-    def fit(tensors, column):  # crop or pad the columns on the left to `width`
-        pads = [[0, 0] * (t.dim() - 1 - column) + [width - t.shape[column], 0] for t in tensors]
-        return torch.cat([F.pad(t, pad) for t, pad in zip(tensors, pads, strict=True)])[order]
-
-    cache = DynamicCache()
-    for index in range(len(parked[0][0].layers)):
-        layers = [piece.layers[index] for piece, _, _ in parked]
-        keys, values = [x.keys for x in layers], [x.values for x in layers]
-        cache.update(fit(keys, 2), fit(values, 2), index)
-    return cache, fit([held for _, held, _ in parked], 1)
 
 
 # --- 3. Transcripts, for training ---------------------------------------------------------------

@@ -143,11 +143,11 @@ def test_loading_sets_the_precision_and_takes_dropout_out_and_gemma_2_gets_eager
 def test_the_kv_cache_is_gone_when_the_rollout_returns(chat, problems):
     import gc
 
-    from transformers import DynamicCache
+    from cache import Gemma2Cache
 
     rollout(make_model(0), chat, problems, Sampling(2, 6, rows=2))
     gc.collect()
-    assert not [thing for thing in gc.get_objects() if type(thing) is DynamicCache]
+    assert not [thing for thing in gc.get_objects() if type(thing) is Gemma2Cache]
 
 
 def test_gemmas_end_tokens_and_ids_are_those_of_the_real_one():
