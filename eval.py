@@ -15,13 +15,13 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
+import ranks
 from data import TASKS, Chat, InputError, Problem, check_task, load_problems, read_chat
 from models import check_precision, load_checkpoint
 from rewards import agree, stated_answer
-from runs import as_flag, check_folder, plot_run, read_json, write_atomically
+from runs import as_flag, check_folder, plot_run, read_json, reject, write_atomically
 from sample import Episode, Sampling, askable, rollout
 
 Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
@@ -111,12 +111,13 @@ def by_group(episodes: list[Episode]) -> dict[str, dict[str, float]]:
 
 
 def evaluate(model, chat: Chat, problems: list[Problem], sampling: Sampling):
-    """Episodes and metrics of a model over `problems`."""
+    """Episodes and metrics of a model over `problems`; each rank attempts its share of them."""
     problems = askable(problems, model, chat, sampling)
-    starts = range(0, len(problems), sampling.rows)
-    batches = [problems[start : start + sampling.rows] for start in starts]
+    own = problems[ranks.share(len(problems))]
+    batches = [own[start : start + sampling.rows] for start in range(0, len(own), sampling.rows)]
     bar = tqdm(batches, desc="eval", unit="batch", leave=False)
     episodes = [episode for batch in bar for episode in rollout(model, chat, batch, sampling)]
+    episodes = ranks.gather(episodes)
     return episodes, measure(episodes)
 
 
@@ -146,11 +147,6 @@ def as_table(rows: dict[str, dict[str, float]]) -> str:
     for row, metrics in rows.items():
         lines.append(f"{row:{width}}" + "".join(f"{metrics[name]:8.3f}" for name in names))
     return "\n".join(lines)
-
-
-def reject(message: str) -> None:
-    """argparse's errors as one sentence."""
-    raise InputError(message)
 
 
 OF_TASK = {  # flags whose default is the task's
@@ -187,7 +183,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.plot:
             print(f"wrote {plot_run(args.plot)}")
         else:
-            report(args)
+            with ranks.joined():
+                report(args)
     except InputError as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2
@@ -216,9 +213,9 @@ def report(args: argparse.Namespace) -> None:
     check_folder(folder)
     if read_json(folder / "metrics.json").get("settings", settings) != settings:
         raise InputError(f"--out {folder} holds another evaluation: name another folder")
-    model, tokenizer = load_checkpoint(args.model, args.precision)
+    model, tokenizer = ranks.together(load_checkpoint, args.model, args.precision)
     chat = read_chat(tokenizer, model, args.task)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(ranks.device())
     sampling = Sampling(args.attempts, args.max_new_tokens, args.temperature, args.seed, args.rows)
     episodes, metrics = evaluate(model, chat, problems, sampling)
     groups = by_group(episodes)

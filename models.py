@@ -1,24 +1,20 @@
-"""What computes: checkpoints, the last layer by hand, and float32 masters of bfloat16 weights.
+"""What computes: checkpoints, and the body and the head of a causal LM.
 
-A policy that is fine-tuned in full on one GPU is kept twice:
-
-    policy   bfloat16   samples, scores, and is what a checkpoint holds
-    masters  float32    what Adam steps; they gather the policy's gradients, and are rounded into it
-
-A step of 5e-6 is too small for bfloat16, which has 8 bits: it would be rounded away. Sampled and
-scored is always the rounded policy, so that on-policy stays on-policy, and while it equals the
-reference their KL is exactly 0. A float32 policy is its own master. Next to read: score.py.
+A bfloat16 policy is kept twice: float32 masters, which Adam steps and which are rounded where they
+compute (ranks.py), and the rounded weights, which sample and are what a checkpoint holds. So the
+policy that is scored is the one that was sampled, and while it equals the reference their KL is
+exactly 0. Next to read: score.py.
 """
 
 import copy
 import shutil
-from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import ranks
 from data import InputError
 from sft import fit_builtin
 
@@ -76,38 +72,67 @@ def without_dropout(config) -> None:
 def save_checkpoint(folder: Path, model, tokenizer) -> None:
     """A plain save_pretrained folder; the one before is moved away when the new one is whole."""
     quiet_transformers()
-    part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
-    for leftover in (part, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
+    move_in(part, folder)
+
+
+def move_in(part: Path, folder: Path) -> None:
+    """Let a whole new folder take the place of another; .old is what a kill in between leaves."""
+    old = folder.with_name(folder.name + ".old")
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     part.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_pair(cfg, init: str, same_base: bool):
-    """Policy and frozen reference, on the GPU if there is one, and their tokenizer.
+def fit_base(cfg, same_base: bool) -> None:
+    """Fit the built-in base model, unless the run folder has the same_base already."""
+    folder = Path(cfg.out) / "base"
+    wanted = cfg.model == "builtin" and not (same_base and folder.exists())
+    if wanted and ranks.rank() == 0:
+        save_checkpoint(folder, *fit_builtin(cfg.seed))
 
-    The reference is the base model: the built-in one is fitted, unless the run folder has the
-    same_base already. The policy is the checkpoint `init`, or a copy of the base.
+
+def load_pair(cfg, init: str, same_base: bool):
+    """Policy and frozen reference, on the CPU, and their tokenizer.
+
+    The reference is the base model; the policy is the checkpoint `init`, or a copy of the base.
     """
-    policy = load_checkpoint(init, cfg.precision)[0] if init else None
+    policy = ranks.together(load_checkpoint, init, cfg.precision)[0] if init else None
+    ranks.together(fit_base, cfg, same_base)
+    return ranks.together(with_reference, policy, cfg)
+
+
+def with_reference(policy, cfg):
     base = str(Path(cfg.out) / "base") if cfg.model == "builtin" else cfg.model
-    if cfg.model == "builtin" and not (same_base and Path(base).exists()):
-        save_checkpoint(Path(base), *fit_builtin(cfg.seed))
     ref, tokenizer = load_checkpoint(base, cfg.precision)
-    shapes = [[p.shape for p in model.parameters()] for model in (policy or ref, ref)]
-    if shapes[0] != shapes[1]:
-        raise InputError(f"--init {init} has another architecture than the base {cfg.model}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    ref = ref.to(device).eval().requires_grad_(False)
     check_head(ref)
-    policy = (policy or copy.deepcopy(ref)).to(device).eval().requires_grad_(True)
+    policy = policy or copy.deepcopy(ref)
+    shapes = [[weight.shape for weight in model.parameters()] for model in (policy, ref)]
+    if shapes[0] != shapes[1]:
+        raise InputError(f"--init {cfg.init} has another architecture than the base {cfg.model}")
     if cfg.recompute:
         recompute_activations(policy)
-    return policy, ref, tokenizer
+    return policy.requires_grad_(True), ref.requires_grad_(False), tokenizer
+
+
+def spread(policy, ref, precision: str):
+    """Put both where they compute; returns the plain copy that samples for them.
+
+    A float32 policy of a single process needs none: it samples itself. Others have float32 masters,
+    since a step of 5e-6 is too small for bfloat16, which has 8 bits: it would be rounded away.
+    """
+    if ranks.world() == 1 and precision == "float32":
+        policy.to(ranks.device()), ref.to(ranks.device())
+        return None
+    plain = copy.deepcopy(ref).to(ranks.device())
+    ranks.shard(policy.float(), precision)
+    ranks.shard(ref, precision)
+    return plain
 
 
 def recompute_activations(policy) -> None:
@@ -127,7 +152,8 @@ def recompute_activations(policy) -> None:
 
 def last_hidden(model, tokens: torch.Tensor) -> torch.Tensor:
     """What the head reads, (B, S) -> (B, S, d). Rows are padded on the right: no mask is needed."""
-    return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    body = model.base_model
+    return ranks.run(model, lambda: body(input_ids=tokens, use_cache=False).last_hidden_state)
 
 
 def head(model, hidden: torch.Tensor) -> torch.Tensor:
@@ -148,34 +174,21 @@ def check_head(model) -> None:
         raise InputError(f"{model.name_or_path} scales its logits in a way not known to models.py")
 
 
-# --- 3. Master weights -------------------------------------------------------------------------
+# --- 3. What learns ------------------------------------------------------------------------------
 
 
-def make_masters(policy) -> list[torch.Tensor]:
-    """float32 masters of the policy's weights; each backward will add its gradients to theirs."""
-    masters = []
+def adam(policy, lr: float) -> torch.optim.Adam:
+    """Adam whose state is there from the start, so that a saved one can be read into it."""
+    on_gpu = next(policy.parameters()).is_cuda
+    optimizer = torch.optim.Adam(policy.parameters(), lr=lr, fused=on_gpu)
     for weight in policy.parameters():
-        master = weight.detach().float().requires_grad_()  # the same memory if it is float32
-        weight.register_post_accumulate_grad_hook(partial(hand_over, master=master))
-        masters.append(master)
-    return masters
+        means = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+        step = torch.zeros((), device=weight.device if on_gpu else "cpu")
+        optimizer.state[weight] = {"step": step, **means}
+    return optimizer
 
 
-def hand_over(weight: torch.Tensor, master: torch.Tensor) -> None:
-    """Add a weight's gradient to its master's, and free it at once."""
-    grad = weight.grad.float()
-    master.grad = grad if master.grad is None else master.grad.add_(grad)
-    weight.grad = None
-
-
-@torch.no_grad()
-def round_into(policy, masters: list[torch.Tensor]) -> None:
-    for weight, master in zip(policy.parameters(), masters, strict=True):
-        weight.copy_(master)
-
-
-@torch.no_grad()
-def take_over(masters: list[torch.Tensor], policy) -> None:
-    """The policy's weights become the masters'."""
-    for weight, master in zip(policy.parameters(), masters, strict=True):
-        master.copy_(weight)
+def state_of(policy, optimizer) -> dict[str, dict]:
+    """Weights and Adam's state by name: the tensors themselves, to be saved or read into."""
+    weights = dict(policy.named_parameters())
+    return {"weights": weights, "adam": {name: optimizer.state[w] for name, w in weights.items()}}

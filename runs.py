@@ -5,32 +5,35 @@
                 samples.txt     transcripts to read
                 results.json    greedy metrics of base and stages on held-out problems
                 base/  stage1/  stage2/     save_pretrained folders with their tokenizer
-                state.pt        weights, Adam and progress, for --resume
+                state/          weights, Adam and progress, for --resume
                 curve.png       drawn by `python eval.py --plot`
 
 What a run needs is written beside its place and then moved there: a kill never leaves half of it.
-The two logs grow by a line per step; state.pt remembers how long they were, and --resume cuts them
-back to that.
+The two logs grow by a line per step; state/ remembers how long they were, and --resume cuts them
+back to that. Of many processes the first writes text, and all of them write state/.
 """
 
+import argparse
 import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 import transformers
 from tqdm import tqdm
 
-from data import InputError, check_task
-from models import check_precision
+import ranks
+from data import TASKS, InputError, check_task
+from models import check_precision, move_in
 
 LOGS, RESULTS = ("metrics.jsonl", "samples.txt"), "results.json"
-BEGUN = {"base", RESULTS, "state.pt"}  # what is written before config.json
+BEGUN = {"base", RESULTS, "state"}  # what is written before config.json
 
 
 @dataclass
@@ -40,11 +43,13 @@ class Run:
     folder: Path
     lines: list[dict] = field(default_factory=list)
     results: dict[str, dict] = field(default_factory=dict)
-    stopping: bool = False  # a signal came: save and leave after this step
+    signal: int = 0  # that came: save and leave after this step
 
     def log(self, line: dict, samples: str = "") -> None:
         """Append one step to metrics.jsonl, and text to samples.txt."""
         self.lines.append(line)
+        if ranks.rank():
+            return
         for name, text in zip(LOGS, (json.dumps(line) + "\n", samples), strict=True):
             with (self.folder / name).open("a") as file:
                 file.write(text)
@@ -54,11 +59,15 @@ class Run:
         write_atomically(self.folder / RESULTS, json.dumps(self.results, indent=2))
 
     def stop_on_signals(self) -> None:
-        """Ctrl-C and SIGTERM let the step end, save and leave; a second one leaves at once."""
+        """Ctrl-C and SIGTERM let the step end, save and leave; a second one leaves at once.
+
+        torchrun sends them on, sometimes twice, and has its own --shutdown_timeout.
+        """
 
         def stop(number, _frame):
-            self.stopping = True
-            signal.signal(number, signal.SIG_DFL)
+            self.signal = number
+            if ranks.world() == 1:
+                signal.signal(number, signal.SIG_DFL)
 
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
@@ -88,7 +97,9 @@ def plan_of(stage: str) -> list[tuple[int, str]]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a whole file or nothing."""
+    """Write a whole file or nothing; of many processes the first does."""
+    if ranks.rank():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(text)
@@ -118,6 +129,28 @@ def read_metrics(path: Path, size: int | None = None) -> list[dict]:
 
 def as_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def reject(message: str) -> None:
+    """argparse's errors as one sentence."""
+    raise InputError(message)
+
+
+def parse_flags(settings: type, words: str, argv: list[str] | None) -> dict:
+    """The flags that were given, by name; defaults are left to the dataclass of settings."""
+    parser = argparse.ArgumentParser(description=words.partition("\n")[0], allow_abbrev=False)
+    parser.error = reject
+    for item in fields(settings):
+        of_task = "".join(f", {t}: {item.metadata[t]}" for t in TASKS if t in item.metadata)
+        text = f"{item.metadata['help']} (default: {item.default}{of_task})".replace("%", "%%")
+        kind = {"action": "store_true"} if item.default is False else {"type": type(item.default)}
+        parser.add_argument(as_flag(item.name), default=argparse.SUPPRESS, help=text, **kind)
+    return vars(parser.parse_args(argv))
+
+
+def command(cfg, flags: str) -> str:
+    """The command that goes on with a run."""
+    return f"{ranks.launcher()} score.py {flags}" + f" --out {cfg.out}" * (cfg.out != type(cfg).out)
 
 
 def evaluating(cfg) -> str:
@@ -222,16 +255,16 @@ def begin(typed: dict, configure) -> tuple:
 
 
 def resume(typed: dict, configure) -> tuple:
-    """Settings, run and state of the run in --out, as it was last saved."""
+    """Settings and run in --out, and where it stood when it was last saved."""
     folder = Path(configure(typed).out)
     settings = read_settings(folder, typed)
     if set(settings) != set(vars(configure(typed))):
         raise InputError(f"{folder}/config.json is of another version of score.py: use that one")
     cfg = configure({**settings, "out": str(folder)})
-    run, state = load_state(folder)
-    if state["stage"] != cfg.stage:
+    run, where = read_run(folder)
+    if where["stage"] != cfg.stage:
         raise InputError(f"the run in {folder} was killed before --stage 2 began: type that again")
-    return cfg, run, state
+    return cfg, run, where
 
 
 def write_config(run: Run, settings: dict) -> None:
@@ -250,25 +283,44 @@ def write_config(run: Run, settings: dict) -> None:
 # --- 2. State ----------------------------------------------------------------------------------
 
 
-def save_state(run: Run, state: dict) -> None:
-    """All that --resume needs, in one file that is replaced at once."""
+def save_state(run: Run, tensors: dict, where: dict) -> None:
+    """All that --resume needs, in one folder that is replaced at once.
+
+    tensors: a tree of those of each process; where: what is the same for all.
+    """
+    part = run.folder / "state.part"
+    if ranks.rank() == 0:
+        shutil.rmtree(part, ignore_errors=True)
+    ranks.together(check_shared, run.folder)
+    ranks.save(tensors, part)
     logs = [run.folder / name for name in LOGS]
     sizes = {log.name: log.stat().st_size if log.exists() else 0 for log in logs}
-    part = run.folder / "state.pt.part"
-    torch.save({**state, "sizes": sizes}, part)
-    os.replace(part, run.folder / "state.pt")
+    write_atomically(part / "where.json", json.dumps({**where, "sizes": sizes}))
+    if ranks.rank() == 0:
+        move_in(part, run.folder / "state")
 
 
-def load_state(folder: Path) -> tuple[Run, dict]:
-    """The run and its state as they were last saved; a damaged file is named, and kept."""
-    path = folder / "state.pt"
-    if not path.exists():
+def check_shared(folder: Path) -> None:
+    """Raise InputError on a node that does not see what the first process wrote."""
+    if not (folder / RESULTS).exists():
+        raise InputError(f"--out {folder} is not the same on all nodes: name a shared folder")
+
+
+def state_folder(folder: Path) -> Path:
+    """Where the state is, even if a kill fell between the two moves of a save."""
+    state, old = folder / "state", folder / "state.old"
+    return old if old.exists() and not state.exists() else state
+
+
+def read_run(folder: Path) -> tuple[Run, dict]:
+    """The run and where it stood when it was last saved; a damaged file is named, and kept."""
+    state = state_folder(folder)
+    if not state.exists():
         raise InputError(f"--out {folder} holds no run to resume: leave out --resume to begin one")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        sizes = dict(state["sizes"])
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise InputError(f"{path} is damaged and kept as it is: begin anew with --out") from error
+    where = read_json(state / "where.json")
+    if not where:
+        raise InputError(f"{state / 'where.json'} is missing: restore it, or begin anew with --out")
+    sizes = where["sizes"]
     for name, size in sizes.items():
         if size > ((folder / name).stat().st_size if (folder / name).exists() else 0):
             raise InputError(f"{folder / name} is damaged (cut short), and kept: restore it")
@@ -277,10 +329,19 @@ def load_state(folder: Path) -> tuple[Run, dict]:
         raise InputError(f"{folder / RESULTS} is damaged or missing: restore it")
     if sizes["metrics.jsonl"]:
         run.lines = read_metrics(folder / "metrics.jsonl", sizes["metrics.jsonl"])
-    for name, size in sizes.items():  # what came after the last save is done again
-        if (folder / name).exists():
-            os.truncate(folder / name, size)
-    return run, state
+    return run, where
+
+
+def load_state(run: Run, tensors: dict, where: dict) -> None:
+    """Read the tensors in place, and cut the logs back to where they were saved."""
+    state = state_folder(run.folder)
+    try:
+        ranks.load(tensors, state)
+    except OSError as error:
+        raise InputError(f"{state} is damaged and kept as it is: begin anew with --out") from error
+    for name, size in where["sizes"].items():  # what came after the last save is done again
+        if ranks.rank() == 0 and (run.folder / name).exists():
+            os.truncate(run.folder / name, size)
 
 
 # --- 3. Alarms and the learning curve ----------------------------------------------------------

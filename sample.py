@@ -62,19 +62,25 @@ class Sampling:
 
 
 def rollout(
-    model, chat: Chat, problems: list[Problem], sampling: Sampling, begun: list[Episode] = ()
+    model,
+    chat: Chat,
+    problems: list[Problem],
+    sampling: Sampling,
+    begun: list[Episode] = (),
+    part: slice = slice(None),
 ) -> list[Episode]:
     """Sample `sampling.attempts` attempts at each problem; a problem listed k times gets k samples.
 
     Attempt n + 1 is conditioned on the exact tokens of x1, y1 .. yn. `begun` holds episodes of the
     same problems with first attempts from another model; they are continued, and marked offline.
+    part: the episodes to make here, if other processes make the others.
     """
-    uniforms = draw_uniforms(problems, sampling)  # (B, attempts, max_new_tokens)
-    episodes = []
+    uniforms = draw_uniforms(problems, sampling)[part]  # (B, attempts, max_new_tokens)
+    problems, begun, episodes = problems[part], begun[part], []
     for start in range(0, len(problems), sampling.rows):
-        part = slice(start, start + sampling.rows)
-        drawn = uniforms[part].to(model.device)
-        episodes += rollout_rows(model, chat, problems[part], sampling, begun[part], drawn)
+        rows = slice(start, start + sampling.rows)
+        drawn = uniforms[rows].to(model.device)
+        episodes += rollout_rows(model, chat, problems[rows], sampling, begun[rows], drawn)
     if model.device.type == "cuda":
         torch.cuda.empty_cache()  # the KV cache is gone: training finds its memory free, and whole
     return episodes
@@ -182,7 +188,18 @@ def askable(problems, model, chat: Chat, sampling: Sampling) -> list[Problem]:
     return kept
 
 
-# --- 3. Transcripts, for training ---------------------------------------------------------------
+# --- 3. For training: what is asked, and transcripts of the attempts ----------------------------
+
+
+def pick(problems: list[Problem], count: int, number: int, seed: int) -> list[Problem]:
+    """The `count` problems of step `number`: every epoch is a new shuffle of all problems."""
+    picked, orders = [], {}
+    for position in range(number * count, (number + 1) * count):
+        epoch, index = divmod(position, len(problems))
+        if epoch not in orders:
+            orders[epoch] = torch.randperm(len(problems), generator=seeded(f"{seed}/{epoch}"))
+        picked.append(problems[int(orders[epoch][index])])
+    return picked
 
 
 def transcript(episode: Episode, chat: Chat) -> list[tuple[int, int]]:

@@ -22,13 +22,14 @@ bonus. With α = 10, a right y1 would be paid r1 - α r1 = -9.
     python score.py                 base model, Stage I and Stage II on column addition, on a CPU
     python score.py --stage 1       only Stage I; then --stage 2 goes on from there
     python score.py --task math     the paper's task: Gemma 2 2B on MATH, on one GPU of 80 GB
+    torchrun --nproc_per_node=8 score.py ...     the same on many (ranks.py)
 
 Left out: a value model (siblings are the baseline), PPO's ratio and clipping (one update a batch,
 so the ratio is 1), dividing by length or by the spread of rewards (it would cancel α). The loss is
 no learning curve: only its gradient means something. Read data, rewards, sample and eval before.
 """
 
-import argparse
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -39,11 +40,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import models
+import ranks
 import runs
-from data import TASKS, Chat, InputError, Problem, load_problems, read_chat
-from eval import as_table, as_text, evaluate, measure, reject
+from data import Chat, InputError, Problem, load_problems, read_chat
+from eval import as_table, as_text, evaluate, measure
 from runs import Progress, Run
-from sample import Episode, Sampling, askable, collate, micro_batches, rollout, seeded, transcript
+from sample import Episode, Sampling, askable, collate, micro_batches, pick, rollout, transcript
 
 
 def flag(default, words: str, **of_task):
@@ -194,11 +196,11 @@ def stage2_objective(y1: Scored, y2: Scored, beta1: float, alpha: float) -> torc
 
 @dataclass
 class Learner:
-    """Policy, its float32 masters, frozen reference, Adam, prompts' ids, problems and settings."""
+    """Policy, frozen reference, the plain copy that samples for both, Adam, and what is asked."""
 
     policy: torch.nn.Module
-    masters: list[torch.Tensor]
     ref: torch.nn.Module
+    plain: torch.nn.Module | None
     optimizer: torch.optim.Optimizer
     chat: Chat
     problems: list[Problem]
@@ -245,9 +247,9 @@ def update(learner: Learner, episodes: list[Episode], stage: int) -> dict[str, f
     rows = [transcript(episode, learner.chat) for episode in episodes]
     r = torch.tensor([[y.reward for y in episode.attempts] for episode in episodes], device=device)
     siblings = torch.stack([leave_one_out(column, cfg.k) for column in r.unbind(dim=1)], dim=1)
-    kls, gaps = [], []
+    kls, gaps = [], []  # of this rank's episodes
     policy.train(bool(cfg.recompute))  # recomputes in training mode only; there is no dropout
-    for batch in micro_batches([len(row) for row in rows], cfg.micro_tokens):
+    for batch, weight in ranks.deal(list(map(len, rows)), cfg.micro_tokens, micro_batches):
         logp, kl, own = score(learner, *collate([rows[i] for i in batch], device))
         y1, y2 = (
             Scored(r[batch, i], siblings[batch, i], logp * (own == i + 1), kl * (own == i + 1))
@@ -257,20 +259,21 @@ def update(learner: Learner, episodes: list[Episode], stage: int) -> dict[str, f
             objective = stage1_objective(y1, y2, cfg.beta1, cfg.beta2)
         else:
             objective = stage2_objective(y1, y2, cfg.beta1, cfg.alpha)
-        loss = -objective.sum() / len(episodes)
+        loss = -weight * objective.sum() / len(episodes)
         loss.backward()
-        kls.append(torch.stack([y1.kl.sum(dim=1), y2.kl.sum(dim=1)]).detach())  # (2, B)
-        sampled = [logp for i in batch for logp in episodes[i].attempts[1].logp]
-        gaps.append((y2.logp[own == 2] - torch.tensor(sampled, device=device)).abs().max().item())
+        if weight:
+            kls += torch.stack([y1.kl.sum(dim=1), y2.kl.sum(dim=1)], dim=1).tolist()  # B pairs
+            sampled = torch.tensor([x for i in batch for x in episodes[i].attempts[1].logp])
+            gaps.append((y2.logp[own == 2].cpu() - sampled).abs().max().item())
     policy.eval()
-    norm = torch.nn.utils.clip_grad_norm_(learner.masters, cfg.clip)
+    norm = ranks.whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip))
     if not norm.isfinite():
         raise InputError("the gradient is no longer finite: begin anew with a lower --lr")
     learner.optimizer.step()
     learner.optimizer.zero_grad()  # sampling needs the memory
-    models.round_into(policy, learner.masters)
-    kl_t1, kl_t2 = torch.cat(kls, dim=1).mean(dim=1).tolist()
-    return {"kl_t1": kl_t1, "kl_t2": kl_t2, "grad_norm": norm.item(), "on_policy_gap": max(gaps)}
+    kl_t1, kl_t2 = (sum(kl) / len(episodes) for kl in zip(*ranks.gather(kls), strict=True))
+    gap = max(ranks.gather(gaps))
+    return {"kl_t1": kl_t1, "kl_t2": kl_t2, "grad_norm": norm.item(), "on_policy_gap": gap}
 
 
 # --- 6. The loop -----------------------------------------------------------------------------
@@ -285,14 +288,15 @@ def train(learner: Learner, run: Run, progress: Progress) -> None:
         with tqdm(total=steps, initial=progress.step, desc=name, unit="step") as bar:
             while progress.step < steps:
                 line = one_step(learner, run, progress, stage)
+                run.signal = max(ranks.gather([run.signal]))  # for all, if one was told to stop
                 bar.update()
                 bar.set_postfix({key: f"{line[key]:.2f}" for key in ("acc_t1", "acc_t2", "copied")})
                 window_full, last = progress.step % cfg.save_every == 0, progress.step == steps
                 if window_full or (last and steps < cfg.save_every):
                     keep_best(learner, run, progress, name)
-                if window_full or last or run.stopping:
+                if window_full or last or run.signal:
                     save(learner, run, progress)
-                if run.stopping:
+                if run.signal:
                     return
         finish_stage(learner, run, progress, name)
 
@@ -313,25 +317,21 @@ def one_step(learner: Learner, run: Run, progress: Progress, stage: int) -> dict
     return line
 
 
-def pick(problems: list[Problem], count: int, number: int, seed: int) -> list[Problem]:
-    """The `count` problems of step `number`: every epoch is a new shuffle of all problems."""
-    picked, orders = [], {}
-    for position in range(number * count, (number + 1) * count):
-        epoch, index = divmod(position, len(problems))
-        if epoch not in orders:
-            orders[epoch] = torch.randperm(len(problems), generator=seeded(f"{seed}/{epoch}"))
-        picked.append(problems[int(orders[epoch][index])])
-    return picked
-
-
 def sample(learner: Learner, problems: list[Problem], seed: str) -> list[Episode]:
     """Fresh episodes of the policy; a share begins with the base's attempt 1."""
-    cfg, chat = learner.cfg, learner.chat
+    cfg = learner.cfg
     sampling = Sampling(2, cfg.max_new_tokens, cfg.temperature, seed, cfg.rows)
     split = round(cfg.offline * len(problems) / cfg.k) * cfg.k
-    begun = rollout(learner.ref, chat, problems[:split], replace(sampling, attempts=1))
-    continued = rollout(learner.policy, chat, problems[:split], sampling, begun)
-    return continued + rollout(learner.policy, chat, problems[split:], sampling)
+
+    def attempt(model, problems, sampling, begun=()):
+        part = ranks.share(len(problems), cfg.k)
+        return ranks.gather(rollout(model, learner.chat, problems, sampling, begun, part))
+
+    first, ref = replace(sampling, attempts=1), partial(ranks.plain, learner.ref, learner.plain)
+    begun = attempt(ref(), problems[:split], first) if split else []
+    policy = ranks.plain(learner.policy, learner.plain)  # after ref: there is one copy for both
+    continued = attempt(policy, problems[:split], sampling, begun)
+    return continued + attempt(policy, problems[split:], sampling)
 
 
 def keep_best(learner: Learner, run: Run, progress: Progress, name: str) -> None:
@@ -342,17 +342,18 @@ def keep_best(learner: Learner, run: Run, progress: Progress, name: str) -> None
     since = min(progress.step, learner.cfg.save_every)
     reward = sum(line["acc_t2"] for line in run.lines[-since:]) / since
     if reward >= progress.best:
-        progress.best = reward
-        models.save_checkpoint(run.folder / name, learner.policy, learner.chat.tokenizer)
+        progress.best, policy = reward, ranks.plain(learner.policy, learner.plain)
+        if ranks.rank() == 0:
+            models.save_checkpoint(run.folder / name, policy, learner.chat.tokenizer)
 
 
 def finish_stage(learner: Learner, run: Run, progress: Progress, name: str) -> None:
     """Go back to the stage's best checkpoint, evaluate it, and let the next stage begin from it."""
-    best, _ = models.load_checkpoint(str(run.folder / name), learner.cfg.precision)
-    learner.policy.load_state_dict(best.state_dict())
-    models.take_over(learner.masters, learner.policy)
-    learner.optimizer = adam(learner.masters, learner.cfg)
-    run.write_results(name, held_out(learner.policy, learner.chat, learner.cfg, temperature=0.0))
+    folder, precision = str(run.folder / name), learner.cfg.precision
+    best, _ = ranks.together(models.load_checkpoint, folder, precision)
+    ranks.load_into(learner.policy, best)
+    learner.optimizer = models.adam(learner.policy, learner.cfg.lr)
+    run.write_results(name, held_out(learner, learner.policy, temperature=0.0))
     progress.index, progress.step, progress.best = progress.index + 1, 0, -1.0
     save(learner, run, progress)
 
@@ -360,28 +361,25 @@ def finish_stage(learner: Learner, run: Run, progress: Progress, name: str) -> N
 # --- 7. Begin, resume, main ------------------------------------------------------------------
 
 
-def adam(masters: list[torch.Tensor], cfg: Config) -> torch.optim.Adam:
-    return torch.optim.Adam(masters, lr=cfg.lr, fused=masters[0].is_cuda)
-
-
-def held_out(model, chat: Chat, cfg: Config, temperature: float) -> dict[str, float]:
+def held_out(learner: Learner, model, temperature: float) -> dict[str, float]:
+    cfg, plain = learner.cfg, ranks.plain(model, learner.plain)
     sampling = Sampling(2, cfg.max_new_tokens, temperature, "held out", cfg.rows)
     problems = load_problems(cfg.task, "test", cfg.problems, cfg.data)
-    return evaluate(model, chat, problems, sampling)[1]
+    return evaluate(plain, learner.chat, problems, sampling)[1]
 
 
 def save(learner: Learner, run: Run, progress: Progress) -> None:
-    weights = {"masters": learner.masters, "optimizer": learner.optimizer.state_dict()}
-    runs.save_state(run, {**weights, "progress": asdict(progress), "stage": learner.cfg.stage})
+    tensors = models.state_of(learner.policy, learner.optimizer)
+    runs.save_state(run, tensors, {"progress": asdict(progress), "stage": learner.cfg.stage})
 
 
 def begin(typed: dict) -> tuple[Learner, Run, Progress]:
     """A new run, or Stage II after a finished Stage I with its settings; nothing is overwritten."""
-    cfg, run, init, same_base = runs.begin(typed, configure)
+    cfg, run, init, same_base = ranks.together(runs.begin, typed, configure)
     learner = build(cfg, init, same_base)
     if not run.results:
         for name, temperature in (("base", 0.0), ("base, sampled", cfg.temperature)):
-            run.write_results(name, held_out(learner.ref, learner.chat, cfg, temperature))
+            run.write_results(name, held_out(learner, learner.ref, temperature))
     save(learner, run, Progress())
     runs.write_config(run, asdict(cfg))
     return learner, run, Progress()
@@ -389,60 +387,54 @@ def begin(typed: dict) -> tuple[Learner, Run, Progress]:
 
 def resume(typed: dict) -> tuple[Learner, Run, Progress]:
     """The run in --out as it was last saved; its own settings hold, so no other flag may differ."""
-    cfg, run, state = runs.resume(typed, configure)
+    cfg, run, where = ranks.together(runs.resume, typed, configure)
     learner = build(cfg, "", same_base=True)
-    for master, saved in zip(learner.masters, state["masters"], strict=True):
-        master.data.copy_(saved)
-    models.round_into(learner.policy, learner.masters)
-    learner.optimizer.load_state_dict(state["optimizer"])
-    return learner, run, Progress(**state["progress"])
+    runs.load_state(run, models.state_of(learner.policy, learner.optimizer), where)
+    return learner, run, Progress(**where["progress"])
 
 
 def build(cfg: Config, init: str, same_base: bool) -> Learner:
     """The frozen base model as reference, and the policy, which begins as `init` or as its copy."""
-    problems = load_problems(cfg.task, "train", folder=cfg.data)
     policy, ref, tokenizer = models.load_pair(cfg, init, same_base)
+    chat, problems = ranks.together(what_is_asked, cfg, ref, tokenizer)
+    plain = models.spread(policy, ref, cfg.precision)
+    return Learner(policy, ref, plain, models.adam(policy, cfg.lr), chat, problems, cfg)
+
+
+def what_is_asked(cfg: Config, ref, tokenizer) -> tuple[Chat, list[Problem]]:
     chat = read_chat(tokenizer, ref, cfg.task)
-    problems = askable(problems, policy, chat, Sampling(2, cfg.max_new_tokens))
-    masters = models.make_masters(policy)
-    return Learner(policy, masters, ref, adam(masters, cfg), chat, problems, cfg)
-
-
-def parse_flags(argv: list[str] | None) -> dict:
-    """The flags that were given, by name; defaults are left to Config."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.error = reject
-    for item in fields(Config):
-        of_task = "".join(f", {t}: {item.metadata[t]}" for t in TASKS if t in item.metadata)
-        words = f"{item.metadata['help']} (default: {item.default}{of_task})".replace("%", "%%")
-        kind = {"action": "store_true"} if item.default is False else {"type": type(item.default)}
-        parser.add_argument(runs.as_flag(item.name), default=argparse.SUPPRESS, help=words, **kind)
-    return vars(parser.parse_args(argv))
+    problems = load_problems(cfg.task, "train", folder=cfg.data)
+    return chat, askable(problems, ref, chat, Sampling(2, cfg.max_new_tokens))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 done, 2 bad input, 130 stopped by a signal."""
-    began = time.perf_counter()
+    """The command line; returns the exit status: 0 done or preempted, 2 bad input, 130 Ctrl-C."""
     try:
-        typed = parse_flags(argv)
-        learner, run, progress = resume(typed) if "resume" in typed else begin(typed)
-        run.stop_on_signals()
-        train(learner, run, progress)
+        typed = runs.parse_flags(Config, __doc__, argv)
+        with ranks.joined():
+            return go(typed)
     except InputError as error:
         print(f"score.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped before a step was made: nothing is lost", file=sys.stderr)
         return 130
-    cfg, plan = learner.cfg, runs.plan_of(learner.cfg.stage)
-    where = "" if cfg.out == Config.out else f" --out {cfg.out}"
-    if progress.index < len(plan):
-        print(f"stopped and saved after {len(run.lines)} steps; python score.py --resume{where}")
-        return 130
+
+
+def go(typed: dict) -> int:
+    """Begin or resume a run, train, and say how it ended; returns the exit status."""
+    began = time.perf_counter()
+    learner, run, progress = resume(typed) if "resume" in typed else begin(typed)
+    run.stop_on_signals()
+    train(learner, run, progress)
+    cfg = learner.cfg
+    if progress.index < len(runs.plan_of(cfg.stage)):
+        print(f"stopped and saved after {len(run.lines)} steps; {runs.command(cfg, '--resume')}")
+        return 0 if run.signal == signal.SIGTERM else 130
     table = as_table({name: row for name, row in run.results.items() if name != "base, sampled"})
     print(f"done in {time.perf_counter() - began:.0f} s; greedy on held-out problems:\n{table}")
-    next_stage = f"python score.py --stage 2{where}"
-    print("next:", runs.evaluating(cfg) if "stage2" in run.results else next_stage)
+    ended = "stage2" in run.results
+    print("next:", runs.evaluating(cfg) if ended else runs.command(cfg, "--stage 2"))
     return 0
 
 

@@ -1,6 +1,6 @@
-"""What full fine-tuning takes on one GPU: the README's memory table, and a real step.
+"""What full fine-tuning takes on GPUs of 80 GB: the README's tables, and a real step.
 
-python experiments/memory.py              the table: computed, not measured
+python experiments/memory.py              the tables: computed, not measured
 python experiments/memory.py --measure    a step of Gemma 2 2B with random weights on this GPU:
                                           batch 64, attempts of 512 tokens; seconds and peak
 python experiments/memory.py --measure --layers 2 --width 64 --batch 4 --tokens 16    a trial
@@ -19,56 +19,112 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import models  # noqa: E402
 import score  # noqa: E402
 from data import Problem  # noqa: E402
-from models import make_masters, recompute_activations  # noqa: E402
 from sample import Episode  # noqa: E402
 
 PROMPT, AGAIN = 180, 90  # tokens of a usual x1 and of p1
 GB = 1e9
+USABLE = 76 * GB  # of 80: the rest goes to CUDA, NCCL and fragments
+SIZES = {  # the configs of google/gemma-2-2b, -9b and -27b, where they differ from Gemma2Config
+    "2b": {},
+    "9b": {
+        "hidden_size": 3584,
+        "num_hidden_layers": 42,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+    },
+    "27b": {
+        "hidden_size": 4608,
+        "num_hidden_layers": 46,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "head_dim": 128,
+        "intermediate_size": 36864,
+    },
+}
 
 
-def gemma_config(layers: int = 26, width: int = 2304) -> Gemma2Config:
-    """google/gemma-2-2b, whose sizes are the defaults of Gemma2Config."""
-    return Gemma2Config(num_hidden_layers=layers, hidden_size=width, attn_implementation="eager")
+def gemma_config(**sizes: int) -> Gemma2Config:
+    """google/gemma-2-2b, whose sizes are the defaults of Gemma2Config, or another one."""
+    return Gemma2Config(**sizes, attn_implementation="eager")
+
+
+def weights_of(config: Gemma2Config) -> int:
+    with torch.device("meta"):
+        return Gemma2ForCausalLM(config).num_parameters()
+
+
+def columns_of(cfg: score.Config) -> int:
+    return PROMPT + AGAIN + 2 * cfg.max_new_tokens
+
+
+def kv_per_token(config: Gemma2Config) -> int:
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+
+
+def parts_of(config: Gemma2Config, cfg: score.Config, gpus: int) -> dict[str, tuple[float, float]]:
+    """Bytes by part on one of the GPUs, sampling and training; the KV cache comes on top."""
+    weights, embedding = weights_of(config), config.vocab_size * config.hidden_size
+    share, tokens = weights / gpus, cfg.micro_tokens
+    longest = tokens * columns_of(cfg) * config.num_attention_heads  # attention scores
+    layer = (weights - embedding) / config.num_hidden_layers
+    return {
+        "masters, float32": (4 * share, 4 * share),
+        "Adam, two float32 each": (8 * share, 8 * share),
+        "reference, bfloat16": (2 * share, 2 * share),
+        "plain copy, bfloat16, whole": (2 * weights, 2 * weights),
+        "embeddings of policy and reference, gathered": (2 * embedding, 4 * embedding),
+        "two layers of each, gathered": (0, 8 * layer),
+        "gradients, float32": (0, 4 * share),
+        "the embedding's gradient, twice in bfloat16 and once in float32": (0, 8 * embedding),
+        f"layer inputs, {tokens} tokens": (
+            0,
+            2 * config.num_hidden_layers * tokens * config.hidden_size,
+        ),
+        "one layer, computed again": (0, 14 * longest + 10 * tokens * config.intermediate_size),
+        "logits of a chunk, eight float32 each": (0, 8 * 4 * score.LOGITS_AT_ONCE),
+    }
+
+
+def totals(parts: dict[str, tuple[float, float]]) -> list[float]:
+    return [sum(column) for column in zip(*parts.values(), strict=True)]
 
 
 def table(cfg: score.Config) -> str:
-    """Gigabytes by part, while sampling and while training, of Gemma 2 2B with given settings."""
+    """Gigabytes by part, while sampling and while training, of Gemma 2 2B on one GPU."""
     config = gemma_config()
-    with torch.device("meta"):
-        weights = Gemma2ForCausalLM(config).num_parameters()
-    positions = PROMPT + AGAIN + 2 * cfg.max_new_tokens
-    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
-    longest = cfg.micro_tokens * positions * config.num_attention_heads  # attention scores
-    parts = {
-        "policy, bfloat16": (2 * weights, 2 * weights),
-        "reference, bfloat16": (2 * weights, 2 * weights),
-        "masters, float32": (4 * weights, 4 * weights),
-        "Adam, two float32 each": (8 * weights, 8 * weights),
-        "gradients, float32": (0, 4 * weights),
-        f"KV cache, {cfg.rows} rows of {positions} tokens": (cfg.rows * positions * kv, 0),
-        f"layer inputs, {cfg.micro_tokens} tokens": (
-            0,
-            2 * config.num_hidden_layers * cfg.micro_tokens * config.hidden_size,
-        ),
-        "one layer, computed again": (
-            0,
-            14 * longest + 10 * cfg.micro_tokens * config.intermediate_size,
-        ),
-        "logits of a chunk, eight float32 each": (0, 8 * 4 * score.LOGITS_AT_ONCE),
-        "the embedding's gradient, twice in bfloat16 and once in float32": (
-            0,
-            8 * config.vocab_size * config.hidden_size,
-        ),
-    }
+    parts = parts_of(config, cfg, gpus=1)
+    cache = f"KV cache, {cfg.rows} rows of {columns_of(cfg)} tokens"
+    parts[cache] = (cfg.rows * columns_of(cfg) * kv_per_token(config), 0)
     lines = ["| GB, computed | sampling | training |", "| --- | --- | --- |"]
     for name, row in parts.items():
         lines.append(f"| {name} | " + " | ".join(f"{x / GB:.1f}" if x else "" for x in row) + " |")
-    totals = [sum(column) / GB for column in zip(*parts.values(), strict=True)]
-    lines.append(f"| **in all** | **{totals[0]:.1f}** | **{totals[1]:.1f}** |")
-    disk = f"On disk a checkpoint takes {2 * weights / GB:.1f} GB and state.pt "
+    sampling, training = (total / GB for total in totals(parts))
+    lines.append(f"| **in all** | **{sampling:.1f}** | **{training:.1f}** |")
+    weights = weights_of(config)
+    disk = f"On disk a checkpoint takes {2 * weights / GB:.1f} GB and state/ "
     return "\n".join([*lines, "", f"{disk}{12 * weights / GB:.1f} GB."])
+
+
+def what_fits(cfg: score.Config) -> str:
+    """Each size on 1, 4 and 8 GPUs: GB while training, and how many rows can be sampled at once."""
+    counts = (1, 4, 8)
+    lines = ["| computed | " + " | ".join(f"{n} x 80 GB" for n in counts) + " |"]
+    lines.append("| --- " * (len(counts) + 1) + "|")
+    for name, sizes in SIZES.items():
+        config, cells = gemma_config(**sizes), []
+        for gpus in counts:
+            sampling, training = totals(parts_of(config, cfg, gpus))
+            rows = int((USABLE - sampling) / (columns_of(cfg) * kv_per_token(config)))
+            fits = training <= USABLE and rows >= 1
+            most = max(sampling, training) / GB
+            cells.append(f"{most:.0f} GB, --rows {rows}" if fits else f"no: {most:.0f} GB")
+        billions = weights_of(config) / 1e9
+        lines.append(f"| gemma-2-{name}, {billions:.2f} billion | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -88,23 +144,22 @@ class RandomChat:
 
 def measure(args: argparse.Namespace) -> str:
     """One step from sampling to Adam, after one that warms up; random rewards."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    with torch.device(device):
-        policy = Gemma2ForCausalLM(gemma_config(args.layers, args.width)).to(torch.bfloat16).eval()
-    ref = copy.deepcopy(policy).requires_grad_(False)
-    recompute_activations(policy)
-    masters = make_masters(policy)
+    config = gemma_config(num_hidden_layers=args.layers, hidden_size=args.width)
+    ref = Gemma2ForCausalLM(config).to(torch.bfloat16).eval()
+    policy = copy.deepcopy(ref)
+    models.recompute_activations(policy)
+    plain = models.spread(policy, ref.requires_grad_(False), "bfloat16")
     typed = {"task": "math", "batch": args.batch, "k": 4, "max_new_tokens": args.tokens}
     cfg = score.configure({**typed, "rows": args.rows})
-    chat = RandomChat(list(RandomChat.p1))
-    learner = score.Learner(policy, masters, ref, score.adam(masters, cfg), chat, [], cfg)
+    chat, adam = RandomChat(list(RandomChat.p1)), models.adam(policy, cfg.lr)
+    learner = score.Learner(policy, ref, plain, adam, chat, [], cfg)
     problems = [Problem("", "", "math", "p" * n) for n in range(args.batch // 4) for _ in range(4)]
     for number in range(2):
         episodes, sampling = timed(lambda n=number: score.sample(learner, problems, str(n)))
         tossed = with_coins(episodes)
         _, training = timed(lambda made=tossed: score.update(learner, made, 2))
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return (
         f"{policy.num_parameters():,} weights on {name}, batch {args.batch}, attempts of "
         f"{args.tokens} tokens: sampling {sampling}, training {training}"
@@ -138,7 +193,7 @@ def toss(coin: torch.Generator) -> int:
 
 
 def main() -> None:
-    """Print the table, or the measurement."""
+    """Print the tables, or the measurement."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--measure", action="store_true", help="make a step on this machine")
     parser.add_argument("--layers", type=int, default=26)
@@ -147,7 +202,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="of an attempt")
     parser.add_argument("--rows", type=int, default=64, help="sampled side by side")
     args = parser.parse_args()
-    print(measure(args) if args.measure else table(score.configure({"task": "math"})))
+    cfg = score.configure({"task": "math"})
+    print(measure(args) if args.measure else f"{table(cfg)}\n\n{what_fits(cfg)}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import read_state
 from gemma import FILES, fitted_checkpoint
 from test_runs import assert_equal, interrupt_at, run_score, signals, tree  # noqa: F401
 
@@ -17,9 +18,9 @@ import eval as evaluation
 import models
 import score
 from data import load_problems, read_chat
-from models import load_checkpoint, make_masters
+from models import adam, load_checkpoint
 from sample import Sampling, collate, rollout, transcript
-from score import Learner, adam, configure
+from score import Learner, configure
 
 FAST = ["--task", "math", "--data", FILES, "--batch", "16", "--k", "4", "--max-new-tokens", "40"]
 FAST += ["--steps1", "2", "--steps2", "2", "--problems", "6", "--rows", "8", "--lr", "1e-3"]
@@ -52,10 +53,10 @@ def test_training_moves_the_policy_with_live_rewards_in_bfloat16(finished, small
         not torch.equal(a, b) for a, b in zip(base.parameters(), policy.parameters(), strict=True)
     )
     assert read_chat(tokenizer, policy, "math").end_ids == (1, 107)
-    masters = torch.load(finished / "state.pt", weights_only=True)["masters"]
-    assert all(master.dtype == torch.float32 for master in masters)
-    kept = policy.parameters()  # the stage ended at its best checkpoint, masters and all
-    assert all(torch.equal(master, p.float()) for master, p in zip(masters, kept, strict=True))
+    state = read_state(finished)  # the stage ended at its best checkpoint, masters and all
+    for name, weight in policy.named_parameters():
+        master = state[f"weights.{name}"]
+        assert master.dtype == torch.float32 and torch.equal(master, weight.float())
 
 
 def test_the_last_line_names_the_command_that_evaluates(small_gemma, tmp_path, capsys):
@@ -108,11 +109,13 @@ def make_learner(small_gemma, precision, **settings):
     cfg = configure(
         {"task": "math", "k": 2, "precision": precision, "max_new_tokens": 24, **settings}
     )
-    model, tokenizer = load_checkpoint(str(small_gemma), precision)
+    policy, tokenizer = load_checkpoint(str(small_gemma), precision)
     ref, _ = load_checkpoint(str(small_gemma), precision)
-    masters = make_masters(model)
-    chat = read_chat(tokenizer, model, "math")
-    return Learner(model, masters, ref, adam(masters, cfg), chat, [], cfg)
+    if cfg.recompute:
+        models.recompute_activations(policy)
+    chat = read_chat(tokenizer, policy, "math")
+    plain = models.spread(policy, ref.requires_grad_(False), precision)
+    return Learner(policy, ref, plain, adam(policy, cfg.lr), chat, [], cfg)
 
 
 def episodes_of(learner):
@@ -137,7 +140,6 @@ def test_sampled_log_probs_equal_the_scored_ones(small_gemma, precision, gap, te
 @pytest.mark.parametrize(("recompute", "calls"), [(0, 1), (1, 2)])
 def test_recompute_runs_each_layer_again_in_backward(small_gemma, recompute, calls):
     learner = make_learner(small_gemma, "bfloat16", recompute=recompute)
-    models.recompute_activations(learner.policy)
     episodes, called = episodes_of(learner), []
     learner.policy.model.layers[0].mlp.register_forward_hook(lambda *_: called.append(1))
     score.update(learner, episodes, 1)
@@ -154,9 +156,8 @@ def test_chunks_of_the_head_change_nothing(small_gemma, monkeypatch):
         monkeypatch.setattr(score, "LOGITS_AT_ONCE", numbers)
         logp, kl, _ = score.score(learner, *batch)
         (logp.sum() + kl.sum()).backward()
-        found.append((logp, kl, [master.grad for master in learner.masters]))
-        for master in learner.masters:
-            master.grad = None
+        found.append((logp, kl, [weight.grad for weight in learner.policy.parameters()]))
+        learner.optimizer.zero_grad()
     torch.testing.assert_close(found[0][0], found[1][0])
     torch.testing.assert_close(found[0][1], found[1][1])
     for one, two in zip(found[0][2], found[1][2], strict=True):

@@ -1,4 +1,4 @@
-"""Checkpoints, the head by hand, masters, and bfloat16."""
+"""Checkpoints, the head by hand, masters, Adam, and bfloat16."""
 
 import copy
 
@@ -9,8 +9,9 @@ from gemma import gemma_model, gemma_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import models
+import ranks
 from data import InputError
-from models import check_head, head, last_hidden, load_checkpoint, make_masters, save_checkpoint
+from models import check_head, head, last_hidden, load_checkpoint, save_checkpoint
 from sample import Sampling, rollout
 from sft import builtin_model, builtin_tokenizer
 
@@ -43,53 +44,98 @@ def test_a_model_with_another_head_is_refused():
         check_head(model)
 
 
-def test_float32_weights_are_their_own_masters():
-    model = make_model(0)
-    for weight, master in zip(model.parameters(), make_masters(model), strict=True):
-        assert master.data_ptr() == weight.data_ptr() and master.dtype == torch.float32
+def spread(precision):
+    """A policy, its reference and their plain copy, as `precision` asks for them."""
+    ref = make_model(0).to(getattr(torch, precision))
+    policy = copy.deepcopy(ref)
+    plain = models.spread(policy, ref.requires_grad_(False), precision)
+    return policy, ref, plain
 
 
-def test_masters_gather_the_gradients_of_all_micro_batches_in_float32_and_the_policy_keeps_none():
-    model = make_model(0).to(torch.bfloat16)
-    twin = copy.deepcopy(model)
-    masters = make_masters(model)
+def loss_of(model, row):
+    return head(model, last_hidden(model, row[None])[0]).square().mean()
+
+
+def test_a_float32_policy_of_one_process_stays_as_it_is_and_samples_itself():
+    policy, _, plain = spread("float32")
+    assert plain is None and ranks.plain(policy, plain) is policy
+    assert type(policy) is type(make_model(0))
+
+
+def test_bfloat16_has_float32_masters_that_compute_as_the_plain_copy_does():
+    policy, ref, copied = spread("bfloat16")
+    assert {weight.dtype for weight in policy.parameters()} == {torch.float32}
+    plain = ranks.plain(policy, copied)
+    with torch.no_grad():
+        hidden = [last_hidden(model, tokens(plain)) for model in (policy, ref, plain)]
+        logits = [head(m, h) for m, h in zip((policy, ref, plain), hidden, strict=True)]
+    assert hidden[0].dtype == torch.bfloat16 and logits[0].dtype == torch.float32
+    assert all(torch.equal(logits[0], other) for other in logits[1:])
+
+
+def test_gradients_of_micro_batches_are_summed_in_float32():
+    policy, _, _ = spread("bfloat16")
+    twin = make_model(0).to(torch.bfloat16)
     total = [torch.zeros(p.shape) for p in twin.parameters()]
-    for row in tokens(model):
-        for net in (model, twin):
-            net(row[None], use_cache=False).logits.float().square().mean().backward()
-        assert all(p.grad is None for p in model.parameters())
+    for row in tokens(twin):
+        loss_of(policy, row).backward()
+        loss_of(twin, row).backward()
         total = [g + p.grad.float() for g, p in zip(total, twin.parameters(), strict=True)]
         twin.zero_grad()
-    assert all(torch.equal(m.grad, g) for m, g in zip(masters, total, strict=True))
-    assert any(g.abs().max() > 0 for g in total)
+    for weight, gradient in zip(policy.parameters(), total, strict=True):
+        assert weight.grad.dtype == torch.float32 and gradient.abs().max() > 0
+        assert torch.equal(weight.grad.full_tensor(), gradient)
 
 
 def test_steps_too_small_for_bfloat16_add_up_in_the_masters():
-    model = make_model(0).to(torch.bfloat16)
-    masters = make_masters(model)
-    before = [p.clone() for p in model.parameters()]
-    scale = before[0].float().abs().max()
+    policy, _, copied = spread("bfloat16")
+    before = ranks.plain(policy, copied).model.embed_tokens.weight.clone()
+    scale = before.float().abs().max().item()
     for _ in range(400):
-        for master in masters:
-            master.data += 1e-4 * scale  # half a unit in the last place of bfloat16 is 2e-3
-        models.round_into(model, masters)
-    moved = (model.model.embed_tokens.weight.float() - before[0].float()).mean()
-    torch.testing.assert_close(moved, 0.04 * scale, rtol=0.05, atol=0)
-    direct = before[0].clone()
+        for weight in policy.parameters():
+            weight.data += 1e-4 * scale  # half a unit in the last place of bfloat16 is 2e-3
+    after = ranks.plain(policy, copied).model.embed_tokens.weight
+    moved = (after.float() - before.float()).mean().item()
+    assert moved == pytest.approx(0.04 * scale, rel=0.05)
+    direct = before.clone()
     for _ in range(400):
         direct += 1e-4 * scale
-    large = before[0].float().abs() > scale / 2
-    assert torch.equal(direct[large], before[0][large])  # what would happen without masters
+    large = before.float().abs() > scale / 2
+    assert torch.equal(direct[large], before[large])  # what would happen without masters
 
 
-def test_taking_over_makes_the_policy_the_master():
-    model = make_model(0).to(torch.bfloat16)
-    masters = make_masters(model)
-    with torch.no_grad():
-        model.lm_head.weight += 1
-    models.take_over(masters, model)
-    for weight, master in zip(model.parameters(), masters, strict=True):
-        assert torch.equal(weight.float(), master)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_stage_goes_back_to_a_checkpoint_weights_and_all(precision):
+    policy, _, copied = spread(precision)
+    other = make_model(1).to(getattr(torch, precision))
+    ranks.load_into(policy, other)
+    plain = ranks.plain(policy, copied)
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.parameters(), other.parameters(), strict=True)
+    )
+
+
+def test_a_saved_adam_goes_on_as_if_it_had_never_stopped(tmp_path):
+    torch.manual_seed(0)
+    policy, again = make_model(0), make_model(1)
+    optimizer, fresh = models.adam(policy, 1e-3), models.adam(again, 1e-3)
+    twin = make_model(0)
+    usual = torch.optim.Adam(twin.parameters(), 1e-3)
+
+    def steps(model, optimizer, count):
+        for _ in range(count):
+            optimizer.zero_grad()
+            loss_of(model, tokens(model)[0]).backward()
+            optimizer.step()
+
+    steps(policy, optimizer, 2)
+    ranks.save(models.state_of(policy, optimizer), tmp_path / "state")
+    ranks.load(models.state_of(again, fresh), tmp_path / "state")
+    steps(policy, optimizer, 2)
+    steps(again, fresh, 2)
+    steps(twin, usual, 4)  # a state that is there from the start changes nothing
+    for one, two, three in zip(*(m.parameters() for m in (policy, again, twin)), strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
 
 
 def test_recomputed_activations_give_the_same_gradient_and_sampling_still_has_its_cache():

@@ -56,8 +56,9 @@ def test_the_settings_it_names_are_the_defaults():
         assert claim in README, claim
 
 
-def test_the_memory_table_is_what_its_command_prints():
-    assert memory.table(score.configure({"task": "math"})) in README
+def test_the_memory_tables_are_what_their_command_prints():
+    cfg = score.configure({"task": "math"})
+    assert memory.table(cfg) in README and memory.what_fits(cfg) in README
 
 
 def test_the_settings_of_math_are_table_8():

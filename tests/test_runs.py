@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import read_state
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
@@ -53,22 +54,16 @@ def interrupt_at(monkeypatch, step, what):
 def tree(folder: Path) -> dict:
     """Everything a run produced but times: lines, transcripts, results and weights."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    state = torch.load(folder / "state.pt", weights_only=True)
     weights = {p.name: load_checkpoint(str(p))[0].state_dict() for p in folder.glob("stage*")}
     flat = {f"{n}/{k}": v for n, w in weights.items() for k, v in w.items()}
-    flat |= {f"adam/{i}/{k}": v for i, s in adam_state(state).items() for k, v in s.items()}
-    flat |= {f"masters/{i}": master for i, master in enumerate(state["masters"])}
+    flat |= read_state(folder)
     return {
         "lines": [{k: v for k, v in line.items() if k != "seconds"} for line in lines],
         "samples": (folder / "samples.txt").read_text(),
         "results": json.loads((folder / "results.json").read_text()),
-        "progress": state["progress"],
+        "progress": json.loads((folder / "state" / "where.json").read_text())["progress"],
         "tensors": flat,
     }
-
-
-def adam_state(state):
-    return state["optimizer"]["state"]
 
 
 def assert_equal(one: dict, two: dict):
@@ -126,7 +121,7 @@ def test_a_crash_loses_at_most_the_steps_since_the_last_save(
         interrupt_at(patch, 3, crash)
         with pytest.raises(MemoryError):
             run_score("--model", checkpoint, "--out", out, *SMALL)
-    assert torch.load(out / "state.pt", weights_only=True)["progress"]["step"] == 2
+    assert json.loads((out / "state" / "where.json").read_text())["progress"]["step"] == 2
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "torn')  # as a kill in the middle of a write leaves it
     assert run_score("--resume", "--out", out) == 0
@@ -287,7 +282,11 @@ def test_resuming_a_finished_run_changes_nothing(finished, capsys):
     assert_equal(tree(finished), before)
 
 
-@pytest.mark.parametrize("name", ["state.pt", "metrics.jsonl", "config.json", "results.json"])
+FILES = ["metrics.jsonl", "config.json", "results.json"]
+FILES += [f"state/{name}" for name in ("where.json", ".metadata", "__0_0.distcp")]
+
+
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["cut", "garbled"])
 def test_a_damaged_file_is_named_and_kept_on_resume(name, damage, finished, capsys):
     path = finished / name
@@ -296,7 +295,8 @@ def test_a_damaged_file_is_named_and_kept_on_resume(name, damage, finished, caps
     others = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
     assert run_score("--resume", "--out", finished) == 2
     message = capsys.readouterr().err
-    assert name in message and message.count("\n") == 1
+    named = "state" if name in ("state/.metadata", "state/__0_0.distcp") else name
+    assert named in message and message.count("\n") == 1
     assert others == {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
 
 

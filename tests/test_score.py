@@ -9,13 +9,12 @@ import torch
 from conftest import make_model
 
 import score
-from models import make_masters
+from models import adam
 from sample import Attempt, Sampling, collate, rollout, transcript
 from score import (
     Config,
     Learner,
     Scored,
-    adam,
     bonus,
     kl_divergence,
     leave_one_out,
@@ -213,8 +212,7 @@ def learner(model, chat):
 
 
 def make_learner(policy, ref, chat, cfg):
-    masters = make_masters(policy)
-    return Learner(policy, masters, ref, adam(masters, cfg), chat, [], cfg)
+    return Learner(policy, ref, None, adam(policy, cfg.lr), chat, [], cfg)
 
 
 def collated(learner, episodes):
@@ -238,7 +236,7 @@ def gradient(learner, episodes, stage, **settings):
     """The gradient that `update` would follow, by parameter; the policy stays as it is."""
     cfg = replace(learner.cfg, clip=1e9, **settings)
     twin = make_learner(copy.deepcopy(learner.policy), learner.ref, learner.chat, cfg)
-    twin.optimizer = Recorder(twin.masters)
+    twin.optimizer = Recorder(twin.policy.parameters())
     metrics = update(twin, episodes, stage)
     return twin.optimizer.gradient, metrics
 

@@ -1,0 +1,208 @@
+"""Many GPUs: all that knows of other processes. torchrun starts one, a rank, for each GPU.
+
+    torchrun --nproc_per_node=8 score.py ...     the same flags, the same result, up to rounding
+
+Each rank attempts its share of the problems, and then all gather all episodes, so that baselines,
+metrics and decisions are computed alike everywhere. Transcripts are dealt out for scoring. Of each
+model that learns or is compared with, a rank holds a share of every weight (FSDP2):
+
+    policy   float32 masters and Adam's state, in shares; a layer is gathered in the precision of
+             the run when it computes, and its gradients are summed over ranks in float32
+    ref      the frozen base model, in shares
+    plain    one whole copy, of policy or ref, that samples: decoding needs no other rank, so one
+             may be done long before another
+
+A float32 model of a single process stays as it is: it is policy and plain copy at once. A bfloat16
+one is "sharded" over one rank. Every function here is called by all ranks alike.
+"""
+
+import contextlib
+import os
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from data import InputError
+
+# Longer than any rank waits for another, such as for one that decodes the longest attempts. A rank
+# that is gone ends the others at once; this ends a run whose rank hangs.
+TIMEOUT = timedelta(minutes=30)
+
+# --- 1. Who is there ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def joined():
+    """Meet the other processes of torchrun, and part in the end; rank 0 alone prints.
+
+    What goes wrong is an exception wherever it happens, and is told after this.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    if dist.is_torchelastic_launched():
+        dist.init_process_group(backend(), timeout=TIMEOUT)
+    with contextlib.ExitStack() as quiet:
+        if rank():
+            nowhere = quiet.enter_context(open(os.devnull, "w"))
+            quiet.enter_context(contextlib.redirect_stdout(nowhere))
+            quiet.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def backend() -> str:
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def device() -> torch.device:
+    """The GPU of this rank, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def launcher() -> str:
+    """What a user typed before the script's name."""
+    if not dist.is_torchelastic_launched():
+        return "python"
+    nodes = int(os.environ["GROUP_WORLD_SIZE"])
+    more = f" --nnodes={nodes} .." if nodes > 1 else ""
+    return f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}{more}"
+
+
+# --- 2. Who does what ----------------------------------------------------------------------------
+
+
+def share(count: int, unit: int = 1) -> slice:
+    """This rank's part of `count` things, which stay together in groups of `unit`."""
+    groups = count // unit
+    start, stop = (groups * r // world() * unit for r in (rank(), rank() + 1))
+    return slice(start, stop)
+
+
+def gather(things: list) -> list:
+    """The things of rank 0, then those of rank 1 .."""
+    if world() == 1:
+        return things
+    parts = [None] * world()
+    dist.all_gather_object(parts, things)
+    return [thing for part in parts for thing in part]
+
+
+def together(function, *args):
+    """function(*args), which meets no other rank; what is wrong on one ends all, told once."""
+    result, wrong = None, []
+    try:
+        result = function(*args)
+    except InputError as error:
+        wrong = [error]
+    for error in gather(wrong)[:1]:
+        raise error if rank() == 0 else SystemExit(2)
+    return result
+
+
+def deal(lengths: list[int], budget: int, micro_batches) -> list[tuple[list[int], float]]:
+    """This rank's micro-batches of rows, each with its weight in the loss.
+
+    FSDP takes the mean of the ranks' gradients, so the weight is their number. All make as many
+    backward passes, since each is a meeting; a rank that has run out repeats a row with weight 0.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    hands = [order[r :: world()] for r in range(world())]
+    plans = [micro_batches([lengths[row] for row in hand], budget) for hand in hands]
+    own = [[hands[rank()][i] for i in batch] for batch in plans[rank()]]
+    idle = max(map(len, plans)) - len(own)
+    return [(batch, float(world())) for batch in own] + [(order[-1:], 0.0)] * idle
+
+
+# --- 3. Sharded models ---------------------------------------------------------------------------
+
+
+def shard(model, precision: str) -> None:
+    """Spread the weights of a model over the ranks: they keep their type, and compute in precision.
+
+    The layers are gathered one by one; what is left, the embedding and the last norm, stays whole
+    from forward to backward.
+    """
+    if not dist.is_initialized():
+        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(device().type, (world(),))
+    mixed = MixedPrecisionPolicy(getattr(torch, precision), reduce_dtype=torch.float32)
+    for module in model.modules():
+        if type(module).__name__ in model._no_split_modules:  # the decoder layers
+            fully_shard(module, mesh=mesh, mp_policy=mixed)
+    fully_shard(model, mesh=mesh, mp_policy=mixed)
+
+
+def run(model, function):
+    """function(), for which the embedding and the last norm of a sharded model are gathered."""
+    if not isinstance(model, FSDPModule):
+        return function()
+    model.inside = function
+    register_fsdp_forward_method(model, "inside")
+    return model.inside()
+
+
+@torch.no_grad()
+def plain(model, copy):
+    """A model that a rank can call alone: the model itself, or `copy` with its weights."""
+    if not isinstance(model, FSDPModule):
+        return model
+    for weight, part in zip(copy.parameters(), model.parameters(), strict=True):
+        weight.copy_(part.to(weight.dtype).full_tensor())
+    return copy
+
+
+@torch.no_grad()
+def load_into(model, loaded) -> None:
+    """Take the weights of a whole model."""
+    for weight, new in zip(model.parameters(), loaded.parameters(), strict=True):
+        if isinstance(weight, DTensor):  # every rank has read the whole, and keeps its share
+            place = weight.device_mesh, weight.placements
+            share_of_it = distribute_tensor(new.to(weight.device), *place, src_data_rank=None)
+            weight.copy_(share_of_it)
+        else:
+            weight.copy_(new)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor, gathered if it is in shares."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def save(tensors: dict, folder: Path) -> None:
+    """Write a tree of tensors, each rank its shares."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a process may be alone
+        dcp.save(tensors, checkpoint_id=folder)
+
+
+def load(tensors: dict, folder: Path) -> None:
+    """Fill a tree of tensors with what any number of ranks saved; OSError if it is damaged."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(tensors, checkpoint_id=folder)
+    except dcp.api.CheckpointException as error:  # no Exception, but a BaseException
+        raise OSError(f"{folder} cannot be read") from error
