@@ -5,18 +5,20 @@ import shlex
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 import eval as evaluation
 import score
 from data import TASKS
 from experiments import memory
-from runs import check_settings
+from runs import check_settings, parse_flags
 from sample import Attempt, Episode
 from score import Config
 from sft import builtin_model, builtin_tokenizer
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+launcher = get_args_parser()
 COMMANDS = [line.partition("#")[0] for block in BLOCKS[1:] for line in block.splitlines()]
 
 
@@ -29,10 +31,15 @@ def test_the_first_block_is_the_two_commands():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_parses(command):
-    program, script, *flags = shlex.split(command)
-    assert program == "python"
+    program, *words = shlex.split(command)
+    if program == "torchrun":
+        launch = launcher.parse_args(words)
+        words = [launch.training_script, *launch.training_script_args]
+    else:
+        assert program == "python"
+    script, *flags = words
     if script == "score.py":
-        typed = score.parse_flags(flags)
+        typed = parse_flags(Config, "", flags)
         check_settings(score.configure(typed))
     elif script == "eval.py":
         assert evaluation.parse_flags(flags)
