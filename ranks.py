@@ -51,6 +51,7 @@ def joined():
     """
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
+        torch.set_float32_matmul_precision("high")  # TF32 for float32 runs: 11 bits, bfloat16 has 8
     if dist.is_torchelastic_launched():
         dist.init_process_group(backend(), timeout=TIMEOUT)
     with contextlib.ExitStack() as quiet:

@@ -1,0 +1,375 @@
+"""How fast is it? Things are timed side by side in one run: medians, and the spread of the ratio.
+
+python experiments/bench.py                   all parts, 15 minutes on two cores
+python experiments/bench.py rollout --k 1     some: rollout, step, log_probs, growth, checker
+
+CPU seconds of one thread, since other programs may share the cores; on a GPU seconds. Models have
+random weights, prompts are random tokens, and attempts end where they are told to, so that everyone
+does the same work. The parts with TRL need `pip install trl==1.16.0`, and are left out without.
+"""
+
+import argparse
+import copy
+import importlib.util
+import json
+import multiprocessing
+import os
+import random
+import resource
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import models  # noqa: E402
+import ranks  # noqa: E402
+import sample  # noqa: E402
+import score  # noqa: E402
+from data import Problem  # noqa: E402
+from rewards import math_reward  # noqa: E402
+
+REPEATS, TOKENS = 5, 24  # of an attempt
+SIZES = {  # layers, hidden size, heads, vocabulary, rows
+    "tiny": (4, 128, 4, 64, 256),
+    "small": (8, 512, 8, 32_000, 64),
+}
+
+
+def make_model(layers: int, hidden: int, heads: int, vocabulary: int) -> Gemma2ForCausalLM:
+    config = Gemma2Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        head_dim=hidden // heads,
+        query_pre_attn_scalar=hidden // heads,
+        max_position_embeddings=2048,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    return Gemma2ForCausalLM(config).eval()
+
+
+@dataclass(frozen=True)
+class RandomChat:
+    """Prompts of random words; 1 ends an attempt."""
+
+    p1: list[int] = field(default_factory=lambda: [5, 6, 7, 8, 9, 10])
+    end_ids: tuple[int, ...] = (1,)
+    close_id: int = 1
+
+    def x1(self, problem: Problem) -> list[int]:
+        draw = random.Random(problem.id)
+        return [2, *(draw.randrange(3, 64) for _ in range(draw.randrange(13, 20)))]
+
+    def text(self, tokens: list[int]) -> str:
+        return ""
+
+
+CHAT = RandomChat()
+
+
+# --- 1. Clocks -----------------------------------------------------------------------------------
+
+
+def clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def timed(job) -> float:
+    began = clock()
+    job()
+    return clock() - began
+
+
+def interleave(timers: dict) -> dict[str, list[float]]:
+    """Seconds of each timer in turn, REPEATS times after a warm-up; every other round backwards."""
+    found = {name: [] for name in timers}
+    for number in range(REPEATS + 1):
+        for name in list(timers)[:: 1 if number % 2 else -1]:
+            found[name].append(timers[name]())
+    return {name: seconds[1:] for name, seconds in found.items()}
+
+
+def compare(title: str, seconds: dict[str, list[float]], base: str) -> None:
+    """A line each: median, and how it relates to `base` in the same round."""
+    print(f"\n{title}")
+    for name, times in seconds.items():
+        ratios = [one / other for one, other in zip(times, seconds[base], strict=True)]
+        middle = statistics.median(times)
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(
+            f"  {name:34}{middle:9.3f} s   x {spread}   {1 / statistics.median(ratios):.2f} as fast"
+        )
+
+
+# --- 2. Rollout against generate -----------------------------------------------------------------
+
+
+def force(lengths: list[list[int]]) -> None:
+    """Let every sampled attempt end where `lengths` says: a uniform of 2 draws the end token."""
+    draw_uniforms, draw = sample.draw_uniforms, sample.draw
+
+    def uniforms_with_ends(problems, sampling):
+        uniforms = draw_uniforms(problems, sampling)
+        for row, ends in zip(uniforms, lengths, strict=False):
+            for attempt, end in zip(row, ends, strict=True):
+                attempt[end - 1] = 2.0
+        return uniforms
+
+    def draw_with_ends(logits, uniform, temperature):
+        token, logp = draw(logits, uniform.clamp(max=0.5), temperature)
+        return torch.where(uniform == 2.0, 1, token.clamp(min=3)), logp
+
+    sample.draw_uniforms, sample.draw = uniforms_with_ends, draw_with_ends
+
+
+class EndAt(transformers.LogitsProcessor):
+    """The same for `generate`."""
+
+    def __init__(self, width: int, lengths: list[int], device):
+        self.width, self.lengths = width, torch.tensor(lengths, device=device)
+
+    def __call__(self, ids, scores):
+        due = self.lengths == ids.shape[1] - self.width + 1
+        scores[:, 1] = torch.where(due, 1e4, -1e4).to(scores.dtype)
+        return scores
+
+
+def generate(model, prompts: list[list[int]], lengths: list[list[int]]) -> None:
+    """Two attempts by model.generate, the second from the whole transcript so far."""
+    rows = prompts
+    for attempt in range(2):
+        width, due = max(map(len, rows)), [ends[attempt] for ends in lengths]
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
+        made = model.generate(
+            ids,
+            attention_mask=(ids != 0).long(),
+            max_new_tokens=TOKENS,
+            do_sample=True,
+            top_k=0,
+            logits_processor=[EndAt(width, due, model.device)],
+        )[:, width:].tolist()
+        rows = [[*x, *y[:n], *CHAT.p1] for x, y, n in zip(rows, made, due, strict=True)]
+
+
+def bench_rollout(k: int) -> None:
+    """Two attempts of 24 tokens, or of lognormal lengths; k samples a prompt."""
+    for size, (*shape, rows) in SIZES.items():
+        model = make_model(*shape).to(ranks.device())
+        problems = [Problem("", "", "sums", str(i // k)) for i in range(rows)]
+        prompts = [CHAT.x1(problem) for problem in problems]
+        draw = random.Random(0)
+        varied = [
+            [min(TOKENS, 1 + int(draw.lognormvariate(2.2, 0.6))) for _ in "12"] for _ in prompts
+        ]
+        for kind, lengths in {"full": [[TOKENS] * 2] * rows, "varied": varied}.items():
+            before = sample.draw_uniforms, sample.draw
+            force(lengths)
+            sampling = sample.Sampling(2, TOKENS, rows=rows)
+            ours = partial(sample.rollout, model, CHAT, problems, sampling)
+            made = [[len(y.tokens) for y in episode.attempts] for episode in ours()]
+            assert made == lengths, "attempts did not end where they were told to"
+            theirs = partial(generate, model, prompts, lengths)
+            timers = {"model.generate": partial(timed, theirs), "rollout": partial(timed, ours)}
+            title = f"rollout, {size}, {rows} rows, {k} a prompt, {kind}: {sum(map(sum, lengths))}"
+            compare(f"{title} tokens", interleave(timers), "model.generate")
+            sample.draw_uniforms, sample.draw = before
+
+
+# --- 3. One training step against TRL ------------------------------------------------------------
+
+
+def make_learner(precision: str, **settings) -> score.Learner:
+    ref = make_model(*SIZES["tiny"][:-1]).to(getattr(torch, precision))
+    policy = copy.deepcopy(ref)
+    plain = models.spread(policy, ref.requires_grad_(False), precision)
+    cfg = score.configure({"precision": precision, "micro_tokens": 2368, **settings})
+    return score.Learner(policy, ref, plain, models.adam(policy, cfg.lr), CHAT, [], cfg)
+
+
+def one_step(learner: score.Learner) -> None:
+    """Sample, reward at random, and learn: Stage II."""
+    problems = range(learner.cfg.batch // learner.cfg.k)
+    asked = [Problem("", "", "sums", str(i)) for i in problems for _ in range(learner.cfg.k)]
+    score.update(learner, score.sample(learner, asked, "0"), 2)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<end>", "<bos>", *map(str, range(3, 64))]
+    core = tokenizer_models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>")
+    core = Tokenizer(core)
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"pad_token": "<pad>", "eos_token": "<end>", "bos_token": "<bos>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **names)
+
+
+def trl_timer(kind: str, count: int, length: int):
+    """A timer of a TRL step: `count` prompts of such a length, eight samples of 24 tokens each."""
+    from trl_step import trl_steps
+
+    draw = random.Random(0)
+    words = [[str(draw.randrange(3, 64)) for _ in range(length - 1)] for _ in range(count)]
+    prompts = [" ".join(["<bos>", *row]) for row in words]
+    steps = trl_steps(kind, make_model(*SIZES["tiny"][:-1]), word_tokenizer(), prompts)
+    return lambda: next(steps)[1]
+
+
+def bench_step() -> None:
+    """12,288 sampled tokens: ours in 256 episodes of two attempts, TRL's in 512 of one.
+
+    Like for like, TRL makes a step of 256 after prompts of 20 tokens, as first attempts have them,
+    and one of 256 after prompts of 50, as second ones have. "first only" is easier: all after 20.
+    """
+    sample.reward = lambda text, problem: float(random.random() < 0.5)
+    force([[TOKENS] * 2] * 256)
+    settings = {"batch": 256, "k": 8, "max_new_tokens": TOKENS}
+    timers = {
+        f"score.py, {precision}": partial(
+            timed, partial(one_step, make_learner(precision, **settings))
+        )
+        for precision in ("float32", "bfloat16")
+    }
+    base = "score.py, float32"
+    if importlib.util.find_spec("trl"):
+        os.environ["HF_HUB_OFFLINE"] = "1"  # no telemetry
+        for kind in ("rloo", "grpo"):
+            timers[f"TRL {kind}, first attempts only"] = trl_timer(kind, 64, 20)
+            first, second = trl_timer(kind, 32, 20), trl_timer(kind, 32, 50)
+            timers[f"TRL {kind}"] = lambda first=first, second=second: first() + second()
+        base = "TRL rloo"
+    compare("one step, tiny, 12288 sampled tokens", interleave(timers), base)
+
+
+# --- 4. Memory and growth ------------------------------------------------------------------------
+
+
+def in_child(job, *args):
+    """What job(*args) returns, in a process of its own: its peak of memory is no one else's."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(job, *args).result()
+
+
+def peak() -> float:
+    """GB at the peak of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def log_probs(everywhere: bool, rows: int) -> tuple[float, float]:
+    """Seconds and GB of the log-probs and exact KL of rows x 64 tokens, vocabulary 256,000.
+
+    Half of the tokens are attempts. everywhere: log_softmax of the model's own logits, at all.
+    """
+    torch.set_num_threads(1)
+    ref = make_model(1, 256, 4, 256_000)
+    policy = copy.deepcopy(ref)
+    tokens = torch.randint(3, 64, (rows, 64))
+    numbers = torch.where(torch.arange(64) < 32, 0, 1).expand(rows, 64)
+    learner = score.Learner(policy, ref.requires_grad_(False), None, None, CHAT, [], score.Config())
+
+    def full():
+        logs = [model(tokens).logits.log_softmax(dim=-1)[:, :-1] for model in (policy, ref)]
+        logp = logs[0].gather(2, tokens[:, 1:, None])[..., 0]
+        own = numbers[:, 1:] > 0
+        ((logp + score.kl_divergence(*logs)) * own).sum().backward()
+
+    def ours():
+        logp, kl, _ = score.score(learner, tokens, numbers)
+        (logp + kl).sum().backward()
+
+    before = peak()
+    return timed(full if everywhere else ours), peak() - before
+
+
+def bench_log_probs() -> None:
+    """score.score against log_softmax everywhere, each in a process of its own."""
+    for rows in (4, 8, 16):
+        names = {"log_softmax at all tokens": True, "score, attempt tokens only": False}
+        memory = dict.fromkeys(names, 0.0)
+
+        def once(name, rows=rows, memory=memory, names=names):
+            seconds, memory[name] = in_child(log_probs, names[name], rows)
+            return seconds
+
+        seconds = interleave({name: partial(once, name) for name in names})
+        compare(f"log-probs and KL of {rows} x 64 tokens", seconds, "log_softmax at all tokens")
+        print("  peak above the weights: " + ", ".join(f"{x:.1f} GB" for x in memory.values()))
+
+
+def grown(batch: int, tokens: int) -> tuple[float, float, float]:
+    """Seconds of sampling and of learning, and GB above the weights, of a step."""
+    torch.set_num_threads(1)
+    sample.reward = lambda text, problem: float(random.random() < 0.5)
+    force([[tokens] * 2] * batch)
+    learner = make_learner("float32", batch=batch, k=8, max_new_tokens=tokens)
+    asked = [Problem("", "", "sums", str(i // 8)) for i in range(batch)]
+    before, episodes = peak(), []
+    sampling = [timed(lambda: episodes.append(score.sample(learner, asked, "0"))) for _ in range(4)]
+    learning = [timed(lambda: score.update(learner, episodes[0], 2)) for _ in range(4)]
+    return statistics.median(sampling[1:]), statistics.median(learning[1:]), peak() - before
+
+
+def bench_growth() -> None:
+    """A step of the tiny model at three batches and at three lengths; the rest stays the same."""
+    print("\ngrowth of a step, tiny, micro-batches of 2,368 tokens")
+    for batch, tokens in ((128, 24), (256, 24), (512, 24), (128, 48), (128, 96)):
+        sampling, learning, memory = in_child(grown, batch, tokens)
+        print(
+            f"  {batch:4} episodes x 2 x {tokens:3} tokens: sampling {sampling:6.2f} s, "
+            f"learning {learning:6.2f} s, {memory:.2f} GB above the weights"
+        )
+
+
+def bench_checker() -> None:
+    """Answers of MATH a second."""
+    file = ROOT / "tests" / "math" / "pairs.jsonl"
+    pairs = [json.loads(line) for line in file.read_text().splitlines()]
+    texts = [(f"so it is \\boxed{{{pair['prediction']}}}", pair["gold"]) for pair in pairs]
+    each = [timed(partial(math_reward, *text)) for text in texts]
+    print(
+        f"\nchecker: {len(each) / sum(each):.0f} answers a second, median "
+        f"{1e3 * statistics.median(each):.2f} ms, slowest {1e3 * max(each):.1f} ms"
+    )
+
+
+def main() -> None:
+    """Print what was asked for."""
+    parts = ("rollout", "step", "log_probs", "growth", "checker")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}; default: all")
+    parser.add_argument("--k", type=int, default=8, help="samples a prompt, in rollout")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "one CPU thread"
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {where}")
+    jobs = {"rollout": partial(bench_rollout, args.k), "step": bench_step}
+    jobs |= {"log_probs": bench_log_probs, "growth": bench_growth, "checker": bench_checker}
+    for part in args.parts or parts:
+        jobs[part]()
+
+
+if __name__ == "__main__":
+    main()
