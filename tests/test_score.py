@@ -374,3 +374,27 @@ def test_an_update_moves_the_policy_and_not_the_reference(learner, episodes):
     assert all(torch.equal(a, b) for a, b in zip(before, learner.ref.parameters(), strict=True))
     moved = zip(before, learner.policy.parameters(), strict=True)
     assert any(not torch.equal(a, b) for a, b in moved)
+
+
+def test_products_in_tf32_move_the_gradient_by_less_than_a_hundredth(
+    learner, episodes, problems, monkeypatch
+):
+    """What a float32 run has on a GPU (ranks.joined), imitated: operands of 10 bits of mantissa."""
+    learner.policy = builtin_model(learner.chat.tokenizer, seed=1)  # without steep attention
+    exact, _ = gradient(learner, episodes, 2)
+    linear = torch.nn.functional.linear
+
+    def rounded(x):
+        bits = x.detach().contiguous().view(torch.int32) + 2**12 & ~(2**13 - 1)
+        return x + (bits.view(torch.float32) - x).detach()
+
+    def coarse_linear(x, weight, bias=None):
+        return linear(rounded(x), rounded(weight), bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", coarse_linear)
+    coarse, _ = gradient(learner, episodes, 2)
+    fresh = score.sample(learner, [p for p in problems for _ in range(4)], "1")
+    off = sum((a - b).square().sum() for a, b in zip(coarse, exact, strict=True)).sqrt()
+    size = sum(b.square().sum() for b in exact).sqrt()
+    assert 1e-5 * size < off < 1e-2 * size
+    assert 0 < gradient(learner, fresh, 2)[1]["on_policy_gap"] < 5e-3
