@@ -15,6 +15,7 @@ from conftest import read_state
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
+import runs
 import score
 from models import load_checkpoint, save_checkpoint
 from runs import ALARM_STEPS, Progress, plan_of, plot_run, raise_alarms
@@ -96,14 +97,15 @@ def test_a_run_writes_its_folder_and_checkpoints_load(finished):
     assert not [path for path in finished.iterdir() if path.suffix in (".part", ".old")]
 
 
-def test_ctrl_c_saves_and_resume_goes_on_bit_for_bit(
+def test_a_signal_saves_and_resume_goes_on_bit_for_bit(
     finished, checkpoint, tmp_path, monkeypatch, capsys
 ):
-    for step in (2, 6):  # off the saving grid, in Stage I and in Stage II
+    # Off the saving grid, in Stage I and in Stage II; a preempted job has not failed.
+    for step, number, status in ((2, signal.SIGINT, 130), (6, signal.SIGTERM, 0)):
         out = tmp_path / f"stopped{step}"
         with monkeypatch.context() as patch:
-            interrupt_at(patch, step, lambda: os.kill(os.getpid(), signal.SIGINT))
-            assert run_score("--model", checkpoint, "--out", out, *SMALL) == 130
+            interrupt_at(patch, step, lambda number=number: os.kill(os.getpid(), number))
+            assert run_score("--model", checkpoint, "--out", out, *SMALL) == status
         assert f"python score.py --resume --out {out}" in capsys.readouterr().out
         assert run_score("--resume", "--out", out) == 0
         assert_equal(tree(out), tree(finished))
@@ -139,6 +141,26 @@ def test_kill_9_at_any_moment_leaves_a_run_that_resumes(finished, checkpoint, tm
     process.wait()
     assert run_score("--resume", "--out", out) == 0
     assert_equal(tree(out), tree(finished))
+
+
+def test_a_kill_between_the_two_moves_of_a_save_leaves_a_run_that_resumes(
+    finished, checkpoint, tmp_path, monkeypatch
+):
+    out, move_in = tmp_path / "moved", runs.move_in
+
+    def killed(part, folder):
+        if json.loads((part / "where.json").read_text())["progress"]["step"] == 4:
+            folder.rename(folder.with_name("state.old"))
+            raise KeyboardInterrupt
+        move_in(part, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "move_in", killed)
+        assert run_score("--model", checkpoint, "--out", out, *SMALL) == 130
+    assert not (out / "state").exists() and (out / "state.part").exists()
+    assert run_score("--resume", "--out", out) == 0
+    assert_equal(tree(out), tree(finished))
+    assert not list(out.glob("state.*"))
 
 
 def test_stage_2_goes_on_from_stage_1_in_a_second_command(finished, checkpoint, tmp_path, capsys):
