@@ -1,6 +1,6 @@
 """The table of the README: SCoRe and its control on the built-in task, five seeds.
 
-    python experiments/seeds.py          20 minutes on two cores; finished runs are kept
+    python experiments/seeds.py          12 minutes on two cores; finished runs are kept
 
 One thread a run and one run a core, so that the numbers do not depend on the number of cores.
 
