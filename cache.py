@@ -8,7 +8,8 @@ Both kinds do the same, and sample.py's loop knows no difference:
 
 Gemma2Cache is fast: a forward pass of Gemma 2 over memory that is there from the start. Rows stand
 at their own positions, a prompt is read once for its k samples, and attempt 2 continues where
-attempt 1 ended. AnyCache does it with what Hugging Face has for every causal LM. Next: sample.py.
+attempt 1 ended: the last token of attempt 1 was sampled but never fed, so it is read with p1.
+AnyCache does it with what Hugging Face has for every causal LM. Next to read: sample.py.
 """
 
 import torch
@@ -38,17 +39,17 @@ class Gemma2Cache:
         # Zeros, since what is masked has weight 0 but is multiplied all the same.
         pairs = [torch.zeros(2, *shape, **options) for _ in model.model.layers]
         self.layers = [pair.unbind() for pair in pairs]
-        self.rows = torch.arange(rows, device=model.device)  # which row stands where
-        self.held = torch.zeros_like(self.rows)  # tokens of each
+        self.row_at = torch.arange(rows, device=model.device)  # which row stands where
+        self.held = torch.zeros_like(self.row_at)  # tokens of each
         self.longest = 0  # of the live rows' tokens
 
     def read(self, contexts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """The live rows (B,) in their order, and the logits (B, V) of what follows."""
         held = self.held.tolist()
         if any(held):
-            places = zip(self.rows.tolist(), held, strict=True)
+            places = zip(self.row_at.tolist(), held, strict=True)
             logits = self.extend([contexts[row][n:] for row, n in places])
-            return self.rows.clone(), logits
+            return self.row_at.clone(), logits
         place: dict[tuple, int] = {}  # the samples of a prompt are read as one
         owner = [place.setdefault(tuple(context), len(place)) for context in contexts]
         logits = self.extend(list(place))
@@ -56,18 +57,18 @@ class Gemma2Cache:
             keys[:, :, : self.longest] = keys[owner, :, : self.longest]
             values[:, :, : self.longest] = values[owner, :, : self.longest]
         self.held = self.held[owner]
-        return self.rows.clone(), logits[owner]
+        return self.row_at.clone(), logits[owner]
 
     def extend(self, new: list) -> torch.Tensor:
         """Read the `new` tokens of the first rows; returns the logits (n, V) of what follows."""
-        counts = torch.tensor([len(tokens) for tokens in new], device=self.rows.device)
+        counts = torch.tensor([len(tokens) for tokens in new], device=self.row_at.device)
         tokens = torch.tensor([t for row in new for t in row], device=counts.device)  # (N,)
         held, each = self.held[: len(new)], torch.arange(int(counts.max()), device=counts.device)
         rows, places = (each < counts[:, None]).nonzero(as_tuple=True)  # (N,), (N,)
         self.longest = int((held + counts).max())
         positions = held[:, None] + each.clamp(max=counts[:, None] - 1)  # (n, S)
-        hidden = extend(self.model, tokens, rows, places, positions, self.in_use(len(new)))
-        held += counts
+        hidden = last_hidden(self.model, tokens, rows, places, positions, self.in_use(len(new)))
+        self.held[: len(new)] += counts
         return head(self.model, hidden[counts.cumsum(dim=0) - 1])
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
@@ -75,8 +76,8 @@ class Gemma2Cache:
         rows, held = torch.arange(len(token), device=token.device), self.held[: len(token)]
         self.longest += 1
         first = torch.zeros_like(rows)
-        hidden = extend(self.model, token, rows, first, held[:, None], self.in_use(len(token)))
-        held += 1
+        hidden = last_hidden(self.model, token, rows, first, held[:, None], self.in_use(len(token)))
+        self.held[: len(token)] += 1
         return head(self.model, hidden)
 
     def in_use(self, n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -95,12 +96,17 @@ class Gemma2Cache:
         if len(gaps):
             fillers = going[count:].nonzero()[:, 0] + count
             there, here = torch.cat([gaps, fillers]), torch.cat([fillers, gaps])
-            for tensor in (order, self.rows, self.held, *(t for pair in self.layers for t in pair)):
+            for tensor in (
+                order,
+                self.row_at,
+                self.held,
+                *(t for pair in self.layers for t in pair),
+            ):
                 tensor[there] = tensor[here]
         return order[:count]
 
 
-def extend(model, tokens, rows, places, positions, layers) -> torch.Tensor:
+def last_hidden(model, tokens, rows, places, positions, layers) -> torch.Tensor:
     """Gemma 2's last hidden states (N, d) of the new tokens (N,) of n rows, up to S of each.
 
     rows, places: the row of each token, and which of its row's new ones it is; (N,) each.

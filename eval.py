@@ -6,8 +6,7 @@
     python eval.py --plot runs/sums                         the learning curve, as a PNG
 
 The metrics are those of section 3 of the paper. delta_i_to_c and delta_c_to_i are fractions of ALL
-problems, so that acc_t2 - acc_t1 = delta_i_to_c - delta_c_to_i. Next to read: score.py (and sft.py
-for the built-in model).
+problems, so that acc_t2 - acc_t1 = delta_i_to_c - delta_c_to_i. Next to read: sft.py.
 """
 
 import argparse
@@ -21,7 +20,16 @@ import ranks
 from data import TASKS, Chat, InputError, Problem, check_task, load_problems, read_chat
 from models import check_precision, load_checkpoint
 from rewards import agree, stated_answer
-from runs import as_flag, check_folder, plot_run, read_json, reject, write_atomically
+from runs import (
+    COLDEST,
+    alone_in,
+    as_flag,
+    check_folder,
+    plot_run,
+    read_json,
+    reject,
+    write_atomically,
+)
 from sample import Episode, Sampling, askable, rollout
 
 Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
@@ -112,7 +120,7 @@ def by_group(episodes: list[Episode]) -> dict[str, dict[str, float]]:
 
 def evaluate(model, chat: Chat, problems: list[Problem], sampling: Sampling):
     """Episodes and metrics of a model over `problems`; each rank attempts its share of them."""
-    problems = askable(problems, model, chat, sampling)
+    problems = ranks.together(askable, problems, model, chat, sampling)
     own = problems[ranks.share(len(problems))]
     batches = [own[start : start + sampling.rows] for start in range(0, len(own), sampling.rows)]
     bar = tqdm(batches, desc="eval", unit="batch", leave=False)
@@ -179,20 +187,22 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done, 2 bad input."""
     try:
-        args = parse_flags(argv)
-        if args.plot:
-            print(f"wrote {plot_run(args.plot)}")
-        else:
-            with ranks.joined():
-                report(args)
+        with ranks.joined():
+            args = ranks.together(parse_flags, argv)
+            if args.plot:
+                print(f"wrote {plot_run(args.plot)}")
+            else:
+                problems, folder, settings = ranks.together(prepare, args)
+                with alone_in(folder):
+                    report(args, problems, folder, settings)
     except InputError as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def report(args: argparse.Namespace) -> None:
-    """Evaluate a model, print every metric and its interval, write both files."""
+def prepare(args: argparse.Namespace) -> tuple[list[Problem], Path, dict[str, str]]:
+    """Problems, folder and settings of an evaluation; InputError for what cannot work."""
     check_task(args.task, args.data)
     for name in OF_TASK:
         if getattr(args, name) is None:
@@ -203,8 +213,10 @@ def report(args: argparse.Namespace) -> None:
             raise InputError(f"{as_flag(name)} must be 1 or more")
     if not args.model:
         raise InputError("--model is missing: name a checkpoint folder, or --plot a run folder")
-    if not args.temperature >= 0:
-        raise InputError(f"--temperature {args.temperature} must be 0 (greedy) or more")
+    if args.temperature != 0 and not args.temperature >= COLDEST:
+        raise InputError(
+            f"--temperature {args.temperature} must be 0 (greedy) or {COLDEST} or more"
+        )
     problems = load_problems(args.task, "test", args.problems, args.data)
     no_settings = ("out", "plot", "rows")
     settings = {key: str(value) for key, value in vars(args).items() if key not in no_settings}
@@ -213,11 +225,15 @@ def report(args: argparse.Namespace) -> None:
     check_folder(folder)
     if read_json(folder / "metrics.json").get("settings", settings) != settings:
         raise InputError(f"--out {folder} holds another evaluation: name another folder")
+    return problems, folder, settings
+
+
+def report(args: argparse.Namespace, problems: list[Problem], folder: Path, settings) -> None:
+    """Evaluate a model, print every metric and its interval, write both files."""
     model, tokenizer = ranks.together(load_checkpoint, args.model, args.precision)
-    chat = read_chat(tokenizer, model, args.task)
-    model.to(ranks.device())
+    chat = ranks.together(read_chat, tokenizer, model, args.task)
     sampling = Sampling(args.attempts, args.max_new_tokens, args.temperature, args.seed, args.rows)
-    episodes, metrics = evaluate(model, chat, problems, sampling)
+    episodes, metrics = evaluate(model.to(ranks.device()), chat, problems, sampling)
     groups = by_group(episodes)
     bounds = intervals(metrics, len(episodes))
     for name, value in metrics.items():

@@ -3,7 +3,7 @@
 A bfloat16 policy is kept twice: float32 masters, which Adam steps and which are rounded where they
 compute (ranks.py), and the rounded weights, which sample and are what a checkpoint holds. So the
 policy that is scored is the one that was sampled, and while it equals the reference their KL is
-exactly 0. Next to read: score.py.
+exactly 0. Next to read: ranks.py.
 """
 
 import copy
@@ -104,17 +104,17 @@ def load_pair(cfg, init: str, same_base: bool):
     """
     policy = ranks.together(load_checkpoint, init, cfg.precision)[0] if init else None
     ranks.together(fit_base, cfg, same_base)
-    return ranks.together(with_reference, policy, cfg)
+    return ranks.together(with_reference, policy, cfg, init)
 
 
-def with_reference(policy, cfg):
+def with_reference(policy, cfg, init: str):
     base = str(Path(cfg.out) / "base") if cfg.model == "builtin" else cfg.model
     ref, tokenizer = load_checkpoint(base, cfg.precision)
     check_head(ref)
     policy = policy or copy.deepcopy(ref)
     shapes = [[weight.shape for weight in model.parameters()] for model in (policy, ref)]
     if shapes[0] != shapes[1]:
-        raise InputError(f"--init {cfg.init} has another architecture than the base {cfg.model}")
+        raise InputError(f"--init {init} has another architecture than the base {cfg.model}")
     if cfg.recompute:
         recompute_activations(policy)
     return policy.requires_grad_(True), ref.requires_grad_(False), tokenizer
@@ -127,11 +127,12 @@ def spread(policy, ref, precision: str):
     since a step of 5e-6 is too small for bfloat16, which has 8 bits: it would be rounded away.
     """
     if ranks.world() == 1 and precision == "float32":
-        policy.to(ranks.device()), ref.to(ranks.device())
+        policy.to(ranks.device())
+        ref.to(ranks.device())
         return None
     plain = copy.deepcopy(ref).to(ranks.device())
-    ranks.shard(policy.float(), precision)
-    ranks.shard(ref, precision)
+    ranks.shard(policy.float(), precision, run_body)
+    ranks.shard(ref, precision, run_body)
     return plain
 
 
@@ -152,8 +153,12 @@ def recompute_activations(policy) -> None:
 
 def last_hidden(model, tokens: torch.Tensor) -> torch.Tensor:
     """What the head reads, (B, S) -> (B, S, d). Rows are padded on the right: no mask is needed."""
-    body = model.base_model
-    return ranks.run(model, lambda: body(input_ids=tokens, use_cache=False).last_hidden_state)
+    gathered = getattr(model, "gathered", None)  # of a sharded model
+    return gathered(tokens) if gathered else run_body(model, tokens)
+
+
+def run_body(model, tokens: torch.Tensor) -> torch.Tensor:
+    return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
 
 
 def head(model, hidden: torch.Tensor) -> torch.Tensor:

@@ -13,13 +13,16 @@ model that learns or is compared with, a rank holds a share of every weight (FSD
              may be done long before another
 
 A float32 model of a single process stays as it is: it is policy and plain copy at once. A bfloat16
-one is "sharded" over one rank. Every function here is called by all ranks alike.
+one is "sharded" over one rank. Every function here is called by all ranks alike. Next to read:
+score.py.
 """
 
 import contextlib
+import logging
 import os
 import warnings
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,7 +50,7 @@ TIMEOUT = timedelta(minutes=30)
 def joined():
     """Meet the other processes of torchrun, and part in the end; rank 0 alone prints.
 
-    What goes wrong is an exception wherever it happens, and is told after this.
+    An error is raised on the rank where it happens, which prints again once it has left this.
     """
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
@@ -117,10 +120,15 @@ def together(function, *args):
     try:
         result = function(*args)
     except InputError as error:
-        wrong = [error]
-    for error in gather(wrong)[:1]:
-        raise error if rank() == 0 else SystemExit(2)
+        wrong = [str(error)]
+    for message in gather(wrong)[:1]:
+        refuse(message)
     return result
+
+
+def refuse(message: str) -> None:
+    """End a run for what is wrong on all ranks alike: one of them tells."""
+    raise InputError(message) if rank() == 0 else SystemExit(2)
 
 
 def deal(lengths: list[int], budget: int, micro_batches) -> list[tuple[list[int], float]]:
@@ -140,11 +148,11 @@ def deal(lengths: list[int], budget: int, micro_batches) -> list[tuple[list[int]
 # --- 3. Sharded models ---------------------------------------------------------------------------
 
 
-def shard(model, precision: str) -> None:
+def shard(model, precision: str, forward) -> None:
     """Spread the weights of a model over the ranks: they keep their type, and compute in precision.
 
-    The layers are gathered one by one; what is left, the embedding and the last norm, stays whole
-    from forward to backward.
+    forward(model, ...) becomes the method `gathered`. Layers are gathered one by one in it; what is
+    left, the embedding and the last norm, stays whole from its start to the end of backward.
     """
     if not dist.is_initialized():
         dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
@@ -154,15 +162,8 @@ def shard(model, precision: str) -> None:
         if type(module).__name__ in model._no_split_modules:  # the decoder layers
             fully_shard(module, mesh=mesh, mp_policy=mixed)
     fully_shard(model, mesh=mesh, mp_policy=mixed)
-
-
-def run(model, function):
-    """function(), for which the embedding and the last norm of a sharded model are gathered."""
-    if not isinstance(model, FSDPModule):
-        return function()
-    model.inside = function
-    register_fsdp_forward_method(model, "inside")
-    return model.inside()
+    model.gathered = partial(forward, model)
+    register_fsdp_forward_method(model, "gathered")
 
 
 @torch.no_grad()
@@ -200,10 +201,13 @@ def save(tensors: dict, folder: Path) -> None:
 
 
 def load(tensors: dict, folder: Path) -> None:
-    """Fill a tree of tensors with what any number of ranks saved; OSError if it is damaged."""
+    """Fill a tree of tensors with what any number of ranks saved; refuse a damaged one."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            logging.disable()  # or a damaged file is told of in two tracebacks
             dcp.load(tensors, checkpoint_id=folder)
-    except dcp.api.CheckpointException as error:  # no Exception, but a BaseException
-        raise OSError(f"{folder} cannot be read") from error
+    except dcp.api.CheckpointException:
+        refuse(f"{folder} is damaged and kept as it is: begin anew with --out")
+    finally:
+        logging.disable(logging.NOTSET)

@@ -6,7 +6,7 @@ r"""Is it right? One number for an attempt: 1.0 or 0.0, never a share and never 
 answer into a structure (a list, an interval, an equation, a word ...) of values and compares them.
 What cannot be read is wrong, and so are two answers where one is asked for: the policy is paid for
 whatever this file accepts, and will find it. Pure functions of text, without state; they never
-raise. A cut-off attempt is judged like any other. Next to read: sample.py.
+raise. A cut-off attempt is judged like any other. Next to read: cache.py.
 """
 
 import re

@@ -3,7 +3,7 @@
     runs/sums/  config.json     settings, versions, git commit
                 metrics.jsonl   one line a step
                 samples.txt     transcripts to read
-                results.json    greedy metrics of base and stages on held-out problems
+                results.json    metrics of base and stages on held-out problems
                 base/  stage1/  stage2/     save_pretrained folders with their tokenizer
                 state/          weights, Adam and progress, for --resume
                 curve.png       drawn by `python eval.py --plot`
@@ -14,6 +14,8 @@ back to that. Of many processes the first writes text, and all of them write sta
 """
 
 import argparse
+import contextlib
+import fcntl
 import json
 import math
 import os
@@ -29,7 +31,7 @@ import transformers
 from tqdm import tqdm
 
 import ranks
-from data import TASKS, InputError, check_task
+from data import InputError, check_task
 from models import check_precision, move_in
 
 LOGS, RESULTS = ("metrics.jsonl", "samples.txt"), "results.json"
@@ -93,6 +95,8 @@ def plan_of(stage: str) -> list[tuple[int, str]]:
     return [(int(s), name) for s, name in zip(stages, names, strict=True)]
 
 
+COLDEST = 0.01  # temperature: what is divided by less may not be finite
+
 # --- 1. Text files ---------------------------------------------------------------------------
 
 
@@ -141,7 +145,7 @@ def parse_flags(settings: type, words: str, argv: list[str] | None) -> dict:
     parser = argparse.ArgumentParser(description=words.partition("\n")[0], allow_abbrev=False)
     parser.error = reject
     for item in fields(settings):
-        of_task = "".join(f", {t}: {item.metadata[t]}" for t in TASKS if t in item.metadata)
+        of_task = "".join(f", {t}: {other}" for t, other in item.metadata["of_task"].items())
         text = f"{item.metadata['help']} (default: {item.default}{of_task})".replace("%", "%%")
         kind = {"action": "store_true"} if item.default is False else {"type": type(item.default)}
         parser.add_argument(as_flag(item.name), default=argparse.SUPPRESS, help=text, **kind)
@@ -158,7 +162,8 @@ def evaluating(cfg) -> str:
     task = "" if cfg.task == "sums" else f" --task {cfg.task}"
     task += f" --data {cfg.data}" if cfg.data else ""
     return (
-        f"python eval.py --model {cfg.out}/{plan_of(cfg.stage)[-1][1]}{task}, or --plot {cfg.out}"
+        f"{ranks.launcher()} eval.py --model {cfg.out}/{plan_of(cfg.stage)[-1][1]}{task}, "
+        f"or python eval.py --plot {cfg.out}"
     )
 
 
@@ -170,6 +175,10 @@ def check_settings(cfg) -> None:
     for name in (*positive, "rows", "micro_tokens", "save_every", "show_every", "problems"):
         if not 0 < getattr(cfg, name) < math.inf:
             raise InputError(f"{as_flag(name)} {getattr(cfg, name)} must be positive and finite")
+    if cfg.temperature < COLDEST:
+        raise InputError(f"--temperature {cfg.temperature} is too low: give {COLDEST} or more")
+    if abs(cfg.seed) >= 2**63:
+        raise InputError(f"--seed {cfg.seed} is too large: give less than 2**63")
     for name in ("alpha", "beta1", "beta2"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise InputError(f"{as_flag(name)} {getattr(cfg, name)} must be 0 or more, and finite")
@@ -189,9 +198,44 @@ def check_settings(cfg) -> None:
 
 def check_folder(folder: Path) -> None:
     """Raise InputError where no folder can be."""
-    file = next((path for path in (folder, *folder.parents) if path.is_file()), None)
+    file = next((path for path in (folder, *folder.parents) if os.path.isfile(path)), None)
     if file:
         raise InputError(f"--out {folder} is not a folder, since {file} is a file: name another")
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path):
+    """Let no other command write to a folder meanwhile; one that stays empty is taken away again.
+
+    The lock is the system's (flock), and ends with the process however that ends.
+    """
+    check_folder(folder)
+    if ranks.rank():
+        yield
+        return
+    made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"--out {folder} cannot be a folder: {error.strerror}") from error
+    try:
+        lock_or_refuse(lock, folder)
+        yield
+    finally:
+        os.close(lock)
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
+
+
+def lock_or_refuse(lock: int, folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f"--out {folder} is in use: wait, or name another folder") from error
+    except OSError:  # a file system without locks
+        pass
 
 
 def settings_to_follow(folder: Path, typed: dict) -> dict:
@@ -286,7 +330,7 @@ def write_config(run: Run, settings: dict) -> None:
 def save_state(run: Run, tensors: dict, where: dict) -> None:
     """All that --resume needs, in one folder that is replaced at once.
 
-    tensors: a tree of those of each process; where: what is the same for all.
+    tensors: by name, of which each process has its share; where: what all have alike.
     """
     part = run.folder / "state.part"
     if ranks.rank() == 0:
@@ -318,7 +362,7 @@ def read_run(folder: Path) -> tuple[Run, dict]:
     if not state.exists():
         raise InputError(f"--out {folder} holds no run to resume: leave out --resume to begin one")
     where = read_json(state / "where.json")
-    if not where:
+    if not {"progress", "stage", "sizes"} <= set(where):
         raise InputError(f"{state / 'where.json'} is missing: restore it, or begin anew with --out")
     sizes = where["sizes"]
     for name, size in sizes.items():
@@ -334,11 +378,7 @@ def read_run(folder: Path) -> tuple[Run, dict]:
 
 def load_state(run: Run, tensors: dict, where: dict) -> None:
     """Read the tensors in place, and cut the logs back to where they were saved."""
-    state = state_folder(run.folder)
-    try:
-        ranks.load(tensors, state)
-    except OSError as error:
-        raise InputError(f"{state} is damaged and kept as it is: begin anew with --out") from error
+    ranks.load(tensors, state_folder(run.folder))
     for name, size in where["sizes"].items():  # what came after the last save is done again
         if ranks.rank() == 0 and (run.folder / name).exists():
             os.truncate(run.folder / name, size)

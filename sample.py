@@ -58,7 +58,7 @@ class Sampling:
 
 
 # --- 2. Rollout ------------------------------------------------------------------------------
-# Shapes: B rows (episodes), S columns held in the KV cache, V vocabulary.
+# Shapes: B rows (episodes), n of them live, V vocabulary.
 
 
 def rollout(

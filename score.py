@@ -26,7 +26,7 @@ bonus. With α = 10, a right y1 would be paid r1 - α r1 = -9.
 
 Left out: a value model (siblings are the baseline), PPO's ratio and clipping (one update a batch,
 so the ratio is 1), dividing by length or by the spread of rewards (it would cancel α). The loss is
-no learning curve: only its gradient means something. Read data, rewards, sample and eval before.
+no learning curve: only its gradient means something. Next to read: runs.py.
 """
 
 import signal
@@ -34,6 +34,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -50,7 +51,7 @@ from sample import Episode, Sampling, askable, collate, micro_batches, pick, rol
 
 def flag(default, words: str, **of_task):
     """A setting: its default, what it is and where it comes from, and other tasks' defaults."""
-    return field(default=default, metadata={"help": words, **of_task})
+    return field(default=default, metadata={"help": words, "of_task": of_task})
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,9 @@ class Config:
 
 def configure(typed: dict) -> Config:
     """The settings of a task, with those that were typed."""
-    of_task = {
-        f.name: f.metadata[typed["task"]] for f in fields(Config) if typed.get("task") in f.metadata
-    }
+    defaults = {f.name: f.metadata["of_task"] for f in fields(Config)}
+    task = typed.get("task")
+    of_task = {name: others[task] for name, others in defaults.items() if task in others}
     return Config(**{**of_task, **typed})
 
 
@@ -268,7 +269,7 @@ def update(learner: Learner, episodes: list[Episode], stage: int) -> dict[str, f
     policy.eval()
     norm = ranks.whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip))
     if not norm.isfinite():
-        raise InputError("the gradient is no longer finite: begin anew with a lower --lr")
+        ranks.refuse("the gradient is no longer finite: begin anew with a lower --lr")
     learner.optimizer.step()
     learner.optimizer.zero_grad()  # sampling needs the memory
     kl_t1, kl_t2 = (sum(kl) / len(episodes) for kl in zip(*ranks.gather(kls), strict=True))
@@ -410,9 +411,10 @@ def what_is_asked(cfg: Config, ref, tokenizer) -> tuple[Chat, list[Problem]]:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done or preempted, 2 bad input, 130 Ctrl-C."""
     try:
-        typed = runs.parse_flags(Config, __doc__, argv)
         with ranks.joined():
-            return go(typed)
+            typed = ranks.together(runs.parse_flags, Config, __doc__, argv)
+            with runs.alone_in(Path(configure(typed).out)):
+                return go(typed)
     except InputError as error:
         print(f"score.py: {error}", file=sys.stderr)
         return 2

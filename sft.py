@@ -10,6 +10,7 @@ say the same thing. `fit_builtin` makes such a model for column addition, from t
 
 The greedy base repeats its first answer, and sampling shows it what else it could do. All of this
 is NOT IN PAPER: it stands in for Gemini, and goes through the same code as google/gemma-2-2b-it.
+Next to read: models.py.
 """
 
 import random

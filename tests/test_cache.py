@@ -80,13 +80,13 @@ def test_another_causal_lm_decodes_as_without_cache(problems):
 def test_each_token_is_read_once_and_a_prompt_once_for_all_its_samples(
     model, chat, problems, monkeypatch
 ):
-    read, extend = [], cache.extend
+    read, last_hidden = [], cache.last_hidden
 
     def counted(model, tokens, *rest):
         read.append(len(tokens))
-        return extend(model, tokens, *rest)
+        return last_hidden(model, tokens, *rest)
 
-    monkeypatch.setattr(cache, "extend", counted)
+    monkeypatch.setattr(cache, "last_hidden", counted)
     groups = [problem for problem in problems for _ in range(4)]
     episodes = rollout(model, chat, groups, Sampling(2, 6, 1.0))
     prompts = sum(len(e.x1) for e in episodes[::4])
@@ -118,7 +118,7 @@ def test_finished_rows_leave_and_come_back_in_their_place():
     live, _ = rows.read([[2, 5], [2, 6, 7], [2], [2, 5], [2, 9]])
     kept = rows.keep(torch.tensor([False, True, True, False, True]))
     assert sorted(live[kept].tolist()) == [1, 2, 4]
-    assert rows.rows[:3].tolist() == live[kept].tolist()
+    assert rows.row_at[:3].tolist() == live[kept].tolist()
     assert rows.held[:3].tolist() == [[2, 3, 1, 2, 2][row] for row in live[kept]]
     rows.step(torch.tensor([11, 12, 13]))
     given = dict(zip(live[kept].tolist(), [11, 12, 13], strict=True))

@@ -147,6 +147,7 @@ def test_eval_writes_metrics_and_every_transcript(checkpoint, tmp_path, capsys):
     [
         (["--problems", "0"], "--problems"),
         (["--temperature", "-1"], "--temperature"),
+        (["--temperature", "1e-40"], "--temperature"),
         (["--temperature", "nan"], "--temperature"),
         (["--model", "no/such/model"], "no/such/model"),
         (["--model", "."], "no config.json"),

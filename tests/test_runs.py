@@ -204,6 +204,15 @@ def test_a_short_last_window_does_not_choose_the_checkpoint(
     assert seen == saved_at
 
 
+def test_two_commands_never_write_to_one_folder(checkpoint, tmp_path, capsys):
+    out = tmp_path / "new" / "run"
+    with runs.alone_in(out):
+        assert run_score("--model", checkpoint, "--out", out, *SMALL) == 2
+        assert f"--out {out} is in use" in capsys.readouterr().err
+    assert not out.parent.exists()  # what stayed empty is gone
+    assert run_score("--model", checkpoint, "--out", out, *SMALL, "--stage", "1") == 0
+
+
 def test_stages_may_repeat(checkpoint, tmp_path):
     assert plan_of("1,2,1") == [(1, "stage1"), (2, "stage2"), (1, "stage1-2")]
     flags = ["--model", checkpoint, "--out", tmp_path / "twice", "--stage", "1,2,1,2", *SMALL]
@@ -253,6 +262,11 @@ def test_the_control_starts_from_the_base_with_init(checkpoint, tmp_path):
         (["--out", "notes"], "holds something else than a run"),
         (["--data", "notes"], "--data notes is for --task math"),
         (["--k", "two"], "--k"),
+        (["--temperature", "1e-40"], "--temperature 1e-40"),
+        (["--seed", str(2**63)], "--seed"),
+        (["--task", "help"], "--task help"),
+        (["--out", "/proc/run"], "--out /proc/run"),
+        (["--out", "x" * 300], "cannot be a folder"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2_and_writes_nothing(
