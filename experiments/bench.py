@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import statistics
 import sys
 import time
@@ -41,6 +40,7 @@ from data import Problem  # noqa: E402
 from rewards import math_reward  # noqa: E402
 
 REPEATS, TOKENS = 5, 24  # of an attempt
+MICRO_TOKENS = 32 * 74  # 32 transcripts of two attempts: more is slower on a CPU
 SIZES = {  # layers, hidden size, heads, vocabulary, rows
     "tiny": (4, 128, 4, 64, 256),
     "small": (8, 512, 8, 32_000, 64),
@@ -204,7 +204,7 @@ def make_learner(precision: str, **settings) -> score.Learner:
     ref = make_model(*SIZES["tiny"][:-1]).to(getattr(torch, precision))
     policy = copy.deepcopy(ref)
     plain = models.spread(policy, ref.requires_grad_(False), precision)
-    cfg = score.configure({"precision": precision, "micro_tokens": 2368, **settings})
+    cfg = score.configure({"precision": precision, "micro_tokens": MICRO_TOKENS, **settings})
     return score.Learner(policy, ref, plain, models.adam(policy, cfg.lr), CHAT, [], cfg)
 
 
@@ -271,16 +271,17 @@ def in_child(job, *args):
 
 
 def peak() -> float:
-    """GB at the peak of this process."""
+    """GB at the peak of this process; ru_maxrss would be that of the one which started it."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmHWM"))
 
 
 def log_probs(everywhere: bool, rows: int) -> tuple[float, float]:
     """Seconds and GB of the log-probs and exact KL of rows x 64 tokens, vocabulary 256,000.
 
-    Half of the tokens are attempts. everywhere: log_softmax of the model's own logits, at all.
+    Half of the tokens are attempts. everywhere: log_softmax of the model's logits at all of them.
     """
     torch.set_num_threads(1)
     ref = make_model(1, 256, 4, 256_000)
@@ -333,7 +334,7 @@ def grown(batch: int, tokens: int) -> tuple[float, float, float]:
 
 def bench_growth() -> None:
     """A step of the tiny model at three batches and at three lengths; the rest stays the same."""
-    print("\ngrowth of a step, tiny, micro-batches of 2,368 tokens")
+    print(f"\ngrowth of a step, tiny, micro-batches of {MICRO_TOKENS} tokens")
     for batch, tokens in ((128, 24), (256, 24), (512, 24), (128, 48), (128, 96)):
         sampling, learning, memory = in_child(grown, batch, tokens)
         print(
@@ -358,7 +359,7 @@ def main() -> None:
     """Print what was asked for."""
     parts = ("rollout", "step", "log_probs", "growth", "checker")
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}; default: all")
+    parser.add_argument("parts", nargs="*", choices=[*parts, []], help="default: all")
     parser.add_argument("--k", type=int, default=8, help="samples a prompt, in rollout")
     args = parser.parse_args()
     torch.set_num_threads(1)

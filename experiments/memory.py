@@ -24,7 +24,7 @@ import score  # noqa: E402
 from data import Problem  # noqa: E402
 from sample import Episode  # noqa: E402
 
-PROMPT, AGAIN = 180, 90  # tokens of a usual x1 and of p1
+PROMPT, AGAIN, LONGEST = 180, 90, 800  # tokens of a usual x1, of p1, and of the longest x1
 GB = 1e9
 USABLE = 76 * GB  # of 80: the rest goes to CUDA, NCCL and fragments
 SIZES = {  # the configs of google/gemma-2-2b, -9b and -27b, where they differ from Gemma2Config
@@ -110,7 +110,11 @@ def table(cfg: score.Config) -> str:
 
 
 def what_fits(cfg: score.Config) -> str:
-    """Each size on 1, 4 and 8 GPUs: GB while training, and how many rows can be sampled at once."""
+    """Each size on 1, 4 and 8 GPUs: the most GB without the KV cache, and the rows that it leaves.
+
+    No more rows than a step has episodes on a GPU. A row takes the columns of the longest prompt
+    of those beside it, and three float32 for each word of the vocabulary.
+    """
     counts = (1, 4, 8)
     lines = ["| computed | " + " | ".join(f"{n} x 80 GB" for n in counts) + " |"]
     lines.append("| --- " * (len(counts) + 1) + "|")
@@ -118,7 +122,9 @@ def what_fits(cfg: score.Config) -> str:
         config, cells = gemma_config(**sizes), []
         for gpus in counts:
             sampling, training = totals(parts_of(config, cfg, gpus))
-            rows = int((USABLE - sampling) / (columns_of(cfg) * kv_per_token(config)))
+            columns = columns_of(cfg) - PROMPT + LONGEST
+            row = columns * kv_per_token(config) + 12 * config.vocab_size
+            rows = min(int((USABLE - sampling) / row), cfg.batch // gpus)
             fits = training <= USABLE and rows >= 1
             most = max(sampling, training) / GB
             cells.append(f"{most:.0f} GB, --rows {rows}" if fits else f"no: {most:.0f} GB")
