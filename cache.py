@@ -96,12 +96,8 @@ class Gemma2Cache:
         if len(gaps):
             fillers = going[count:].nonzero()[:, 0] + count
             there, here = torch.cat([gaps, fillers]), torch.cat([fillers, gaps])
-            for tensor in (
-                order,
-                self.row_at,
-                self.held,
-                *(t for pair in self.layers for t in pair),
-            ):
+            caches = [tensor for pair in self.layers for tensor in pair]
+            for tensor in (order, self.row_at, self.held, *caches):
                 tensor[there] = tensor[here]
         return order[:count]
 

@@ -274,3 +274,31 @@ def test_what_is_wrong_on_another_rank_ends_this_one_silently(of_three, monkeypa
     of_three(0)
     with pytest.raises(InputError, match="on rank 2"):
         ranks.together(int, "3")
+
+
+TWO_GRADIENTS = """
+import copy, sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import torch
+import models, ranks
+from conftest import make_model
+with ranks.joined():
+    ref = make_model(0).to(torch.bfloat16)
+    policy, total = copy.deepcopy(ref), 0.0
+    models.spread(policy, copy.deepcopy(ref).requires_grad_(False), "bfloat16")
+    rows = torch.arange(40).view(2, 20)
+    for rank, model in ((ranks.rank(), policy), (0, ref), (1, ref)):
+        hidden = models.last_hidden(model, rows[rank : rank + 1])[0]
+        models.head(model, hidden).square().mean().backward()
+        if model is ref:
+            total = total + ref.model.norm.weight.grad.float() / 2
+            ref.zero_grad()
+    found = ranks.whole(policy.model.norm.weight.grad)
+    assert found.dtype == torch.float32 and torch.equal(found, total), (found, total)
+"""
+
+
+def test_gradients_of_two_ranks_are_summed_in_float32(tmp_path):
+    script = tmp_path / "gradients.py"
+    script.write_text(TWO_GRADIENTS.format(root=str(Path(score.__file__).parent)))
+    finish(torchrun(script))
