@@ -130,7 +130,7 @@ def spread(policy, ref, precision: str):
         policy.to(ranks.device())
         ref.to(ranks.device())
         return None
-    plain = copy.deepcopy(ref).to(ranks.device())
+    plain = copy.deepcopy(ref.to(ranks.device()))
     ranks.shard(policy.float(), precision, run_body)
     ranks.shard(ref, precision, run_body)
     return plain

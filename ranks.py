@@ -39,8 +39,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data import InputError
 
-# Longer than any rank waits for another, such as for one that decodes the longest attempts. A rank
-# that is gone ends the others at once; this ends a run whose rank hangs.
+# Longer than any rank waits for another, such as for one that decodes the longest attempts. When a
+# rank is gone, torchrun ends the others; this ends a run whose rank hangs.
 TIMEOUT = timedelta(minutes=30)
 
 # --- 1. Who is there ---------------------------------------------------------------------------
@@ -64,6 +64,7 @@ def joined():
             quiet.enter_context(contextlib.redirect_stderr(nowhere))
         yield
     if dist.is_initialized():
+        dist.barrier()  # a process must not end while gloo still sends for it
         dist.destroy_process_group()
 
 
@@ -171,6 +172,7 @@ def plain(model, copy):
     """A model that a rank can call alone: the model itself, or `copy` with its weights."""
     if not isinstance(model, FSDPModule):
         return model
+    model.reshard()  # what only looked forward, as the reference does, is still gathered
     for weight, part in zip(copy.parameters(), model.parameters(), strict=True):
         weight.copy_(part.to(weight.dtype).full_tensor())
     return copy

@@ -68,7 +68,7 @@ class Run:
 
         def stop(number, _frame):
             self.signal = number
-            if ranks.world() == 1:
+            if ranks.launcher() == "python":
                 signal.signal(number, signal.SIG_DFL)
 
         signal.signal(signal.SIGINT, stop)
@@ -209,33 +209,35 @@ def alone_in(folder: Path):
 
     The lock is the system's (flock), and ends with the process however that ends.
     """
+    made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    lock = ranks.together(lock_folder, folder)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+            with contextlib.suppress(OSError):
+                for path in made:
+                    path.rmdir()
+
+
+def lock_folder(folder: Path) -> int | None:
+    """The lock of a folder that is made if it is missing; the first process holds it for all."""
     check_folder(folder)
     if ranks.rank():
-        yield
-        return
-    made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+        return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise InputError(f"--out {folder} cannot be a folder: {error.strerror}") from error
     try:
-        lock_or_refuse(lock, folder)
-        yield
-    finally:
-        os.close(lock)
-        with contextlib.suppress(OSError):
-            for path in made:
-                path.rmdir()
-
-
-def lock_or_refuse(lock: int, folder: Path) -> None:
-    try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise InputError(f"--out {folder} is in use: wait, or name another folder") from error
-    except OSError:  # a file system without locks
-        pass
+    except OSError:
+        return lock  # a file system without locks
+    return lock
 
 
 def settings_to_follow(folder: Path, typed: dict) -> dict:

@@ -353,6 +353,7 @@ def finish_stage(learner: Learner, run: Run, progress: Progress, name: str) -> N
     folder, precision = str(run.folder / name), learner.cfg.precision
     best, _ = ranks.together(models.load_checkpoint, folder, precision)
     ranks.load_into(learner.policy, best)
+    learner.optimizer.state.clear()  # the new one needs its memory
     learner.optimizer = models.adam(learner.policy, learner.cfg.lr)
     run.write_results(name, held_out(learner, learner.policy, temperature=0.0))
     progress.index, progress.step, progress.best = progress.index + 1, 0, -1.0

@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)
 os.environ["HF_HUB_OFFLINE"] = "1"  # a missing model is missing at once
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks want two GPUs, or none
 
 import ranks
 from data import load_problems, read_chat

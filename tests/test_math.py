@@ -68,6 +68,13 @@ def test_the_last_line_names_the_command_that_evaluates(small_gemma, tmp_path, c
     )
 
 
+def test_offline_first_attempts_come_from_the_reference_step_after_step(small_gemma, tmp_path):
+    out = tmp_path / "offline"
+    assert run_score("--model", small_gemma, "--out", out, *FAST, "--offline", "0.5") == 0
+    lines = tree(out)["lines"]
+    assert len(lines) == 4 and all(line["on_policy_gap"] < 0.1 for line in lines)
+
+
 def test_an_interrupted_run_goes_on_bit_for_bit(finished, small_gemma, tmp_path, monkeypatch):
     out = tmp_path / "stopped"
     with monkeypatch.context() as patch:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -104,19 +103,37 @@ def test_the_export_of_two_processes_is_their_weights(pair):
     assert json.loads((pair / "stage2" / "config.json").read_text())["dtype"] == "float32"
 
 
+DRIVER = """
+import sys
+sys.path.insert(0, {root!r})
+import ranks, score
+one_step = score.one_step
+def stepped(learner, run, *rest):
+    if ranks.rank() == 1 and len(run.lines) == 1:
+        {fault}
+    return one_step(learner, run, *rest)
+score.one_step = stepped
+sys.exit(score.main())
+"""
+
+
+def faulty(folder: Path, fault: str) -> Path:
+    """score.py, but that something befalls the second rank before the second step."""
+    folder.mkdir(exist_ok=True)
+    (folder / "driver.py").write_text(
+        DRIVER.format(root=str(Path(score.__file__).parent), fault=fault)
+    )
+    return folder / "driver.py"
+
+
 @pytest.fixture(scope="module")
 def preempted(flags, tmp_path_factory):
     """A run of two processes of which one got SIGTERM in the middle."""
     out = tmp_path_factory.mktemp("runs") / "preempted"
-    process = torchrun(score.__file__, "--out", out, *flags)
-    while not (out / "samples.txt").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGTERM)
-    printed, _ = finish(process)  # status 0: nothing went wrong
+    script = faulty(out.parent, "import os; os.kill(os.getpid(), 15)")
+    printed, _ = finish(torchrun(script, "--out", out, *flags))  # status 0: nothing went wrong
     assert f"torchrun --nproc_per_node=2 score.py --resume --out {out}" in printed
-    assert 1 <= len((out / "metrics.jsonl").read_text().splitlines()) < 6
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
     return out
 
 
@@ -186,20 +203,6 @@ def test_evaluation_by_two_processes_is_that_of_one(pair, tmp_path, capsys):
         assert [y["tokens"] for y in a["attempts"]] == [y["tokens"] for y in b["attempts"]]
 
 
-DRIVER = """
-import sys
-sys.path.insert(0, {root!r})
-import ranks, score
-one_step = score.one_step
-def stepped(learner, run, *rest):
-    if ranks.rank() == 1 and len(run.lines) == 1:
-        {fault}
-    return one_step(learner, run, *rest)
-score.one_step = stepped
-sys.exit(score.main())
-"""
-
-
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -209,10 +212,8 @@ sys.exit(score.main())
     ],
 )
 def test_a_rank_that_fails_ends_the_run_with_its_message(fault, message, flags, tmp_path):
-    driver, out = tmp_path / "driver.py", tmp_path / "run"
-    driver.write_text(DRIVER.format(root=str(Path(score.__file__).parent), fault=fault))
-    began = time.monotonic()
-    _, err = finish(torchrun(driver, "--out", out, *flags), status=1)
+    out, began = tmp_path / "run", time.monotonic()
+    _, err = finish(torchrun(faulty(tmp_path, fault), "--out", out, *flags), status=1)
     assert message in err
     assert time.monotonic() - began < 60
     assert not (out / "state.part").exists() and (out / "state").exists()

@@ -57,6 +57,14 @@ def test_a_row_does_not_depend_on_the_rest_of_the_batch(model, chat, problems):
     assert tokens[5:] != tokens[:5]  # the second sample of a problem is another one
 
 
+def test_parts_made_apart_are_the_whole_though_a_problem_is_in_both(model, chat, problems):
+    sampling = Sampling(2, 6, 1.0, seed="s")
+    parts = [rollout(model, chat, problems * 2, sampling, part=slice(i, i + 5)) for i in (0, 5)]
+    whole = rollout(model, chat, problems * 2, sampling)
+    tokens = [[[y.tokens for y in e.attempts] for e in es] for es in (parts[0] + parts[1], whole)]
+    assert tokens[0] == tokens[1] and tokens[1][:5] != tokens[1][5:]
+
+
 def test_a_hostile_generation_config_changes_nothing(model, chat, problems):
     plain = rollout(model, chat, problems, Sampling(2, 6, 1.0, seed="s"))
     hostile = {"temperature": 0.05, "top_k": 2, "top_p": 0.5, "repetition_penalty": 1.3}
