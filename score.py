@@ -79,7 +79,7 @@ class Config:
     max_new_tokens: int = flag(10, "of one attempt; NOT STATED, a sum needs 9", math=1024)
     precision: str = flag("float32", "of the policy; bfloat16 has float32 masters", math="bfloat16")
     rows: int = flag(500, "episodes sampled side by side: memory, not the result", math=64)
-    micro_tokens: int = flag(2048, "tokens per forward pass: memory, not the result", math=8192)
+    micro_tokens: int = flag(16384, "tokens per forward pass: memory, not the result", math=8192)
     recompute: int = flag(0, "1: compute activations again in backward, to hold fewer", math=1)
     save_every: int = flag(25, "steps between saves; the best of them is the stage's checkpoint")
     show_every: int = flag(25, "steps between transcripts in samples.txt")

@@ -106,7 +106,8 @@ def table(cfg: score.Config) -> str:
     lines.append(f"| **in all** | **{sampling:.1f}** | **{training:.1f}** |")
     weights = weights_of(config)
     disk = f"On disk a checkpoint takes {2 * weights / GB:.1f} GB and state/ "
-    return "\n".join([*lines, "", f"{disk}{12 * weights / GB:.1f} GB."])
+    disk += f"{12 * weights / GB:.1f} GB; while it is written, twice that and as much RAM."
+    return "\n".join([*lines, "", disk])
 
 
 def what_fits(cfg: score.Config) -> str:
