@@ -24,7 +24,6 @@ from runs import (
     COLDEST,
     alone_in,
     as_flag,
-    check_folder,
     plot_run,
     read_json,
     reject,
@@ -222,7 +221,6 @@ def prepare(args: argparse.Namespace) -> tuple[list[Problem], Path, dict[str, st
     settings = {key: str(value) for key, value in vars(args).items() if key not in no_settings}
     local = Path(args.model).is_dir()
     folder = args.out or (Path(args.model) if local else Path("runs") / args.model) / "eval"
-    check_folder(folder)
     if read_json(folder / "metrics.json").get("settings", settings) != settings:
         raise InputError(f"--out {folder} holds another evaluation: name another folder")
     return problems, folder, settings

@@ -186,7 +186,6 @@ def check_settings(cfg) -> None:
         raise InputError(f"--k {cfg.k} leaves no sibling for the baseline: give 2 or more")
     if cfg.batch % cfg.k:
         raise InputError(f"--batch {cfg.batch} is not divisible by --k {cfg.k}: change one of them")
-    check_folder(Path(cfg.out))
     if not 0 <= cfg.offline <= 1:
         raise InputError(f"--offline {cfg.offline} is a share of the problems: give 0 to 1")
     check_precision(cfg.precision)
@@ -194,13 +193,6 @@ def check_settings(cfg) -> None:
         raise InputError(f"--recompute {cfg.recompute} must be 0 or 1")
     if cfg.model == "builtin" and cfg.task != "sums":
         raise InputError(f"--model builtin can only add: name a model for --task {cfg.task}")
-
-
-def check_folder(folder: Path) -> None:
-    """Raise InputError where no folder can be."""
-    file = next((path for path in (folder, *folder.parents) if os.path.isfile(path)), None)
-    if file:
-        raise InputError(f"--out {folder} is not a folder, since {file} is a file: name another")
 
 
 @contextlib.contextmanager
@@ -223,7 +215,9 @@ def alone_in(folder: Path):
 
 def lock_folder(folder: Path) -> int | None:
     """The lock of a folder that is made if it is missing; the first process holds it for all."""
-    check_folder(folder)
+    file = next((path for path in (folder, *folder.parents) if os.path.isfile(path)), None)
+    if file:
+        raise InputError(f"--out {folder} is not a folder, since {file} is a file: name another")
     if ranks.rank():
         return None
     try:
@@ -236,7 +230,7 @@ def lock_folder(folder: Path) -> int | None:
     except BlockingIOError as error:
         raise InputError(f"--out {folder} is in use: wait, or name another folder") from error
     except OSError:
-        return lock  # a file system without locks
+        pass  # a file system without locks
     return lock
 
 

@@ -328,8 +328,10 @@ def sample(learner: Learner, problems: list[Problem], seed: str) -> list[Episode
         part = ranks.share(len(problems), cfg.k)
         return ranks.gather(rollout(model, learner.chat, problems, sampling, begun, part))
 
-    first, ref = replace(sampling, attempts=1), partial(ranks.plain, learner.ref, learner.plain)
-    begun = attempt(ref(), problems[:split], first) if split else []
+    begun = []
+    if split:
+        ref = ranks.plain(learner.ref, learner.plain)
+        begun = attempt(ref, problems[:split], replace(sampling, attempts=1))
     policy = ranks.plain(learner.policy, learner.plain)  # after ref: there is one copy for both
     continued = attempt(policy, problems[:split], sampling, begun)
     return continued + attempt(policy, problems[split:], sampling)

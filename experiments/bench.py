@@ -69,15 +69,16 @@ def make_model(layers: int, hidden: int, heads: int, vocabulary: int) -> Gemma2F
 
 @dataclass(frozen=True)
 class RandomChat:
-    """Prompts of random words; 1 ends an attempt."""
+    """Prompts of random words, of lengths in a range; 1 ends an attempt."""
 
+    lengths: tuple[int, int] = (14, 21)
     p1: list[int] = field(default_factory=lambda: [5, 6, 7, 8, 9, 10])
     end_ids: tuple[int, ...] = (1,)
     close_id: int = 1
 
     def x1(self, problem: Problem) -> list[int]:
         draw = random.Random(problem.id)
-        return [2, *(draw.randrange(3, 64) for _ in range(draw.randrange(13, 20)))]
+        return [2, *(draw.randrange(3, 64) for _ in range(draw.randrange(*self.lengths) - 1))]
 
     def text(self, tokens: list[int]) -> str:
         return ""
@@ -180,9 +181,8 @@ def bench_rollout(k: int) -> None:
         problems = [Problem("", "", "sums", str(i // k)) for i in range(rows)]
         prompts = [CHAT.x1(problem) for problem in problems]
         draw = random.Random(0)
-        varied = [
-            [min(TOKENS, 1 + int(draw.lognormvariate(2.2, 0.6))) for _ in "12"] for _ in prompts
-        ]
+        pairs = [[draw.lognormvariate(2.2, 0.6) for _ in range(2)] for _ in prompts]
+        varied = [[min(TOKENS, 1 + int(length)) for length in pair] for pair in pairs]
         for kind, lengths in {"full": [[TOKENS] * 2] * rows, "varied": varied}.items():
             before = sample.draw_uniforms, sample.draw
             force(lengths)

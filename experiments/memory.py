@@ -10,7 +10,7 @@ import argparse
 import copy
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 import models  # noqa: E402
 import score  # noqa: E402
 from data import Problem  # noqa: E402
+from experiments.bench import RandomChat  # noqa: E402
 from sample import Episode  # noqa: E402
 
 PROMPT, AGAIN, LONGEST = 180, 90, 800  # tokens of a usual x1, of p1, and of the longest x1
@@ -134,21 +135,6 @@ def what_fits(cfg: score.Config) -> str:
     return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class RandomChat:
-    """Prompts of random tokens, and attempts that all but never end."""
-
-    p1: tuple[int, ...] = tuple(range(10, 10 + AGAIN))
-    end_ids: tuple[int, ...] = (1,)
-    close_id: int = 1
-
-    def x1(self, problem: Problem) -> list[int]:
-        return [(7 * i + len(problem.id)) % 1000 + 2 for i in range(PROMPT)]
-
-    def text(self, tokens: list[int]) -> str:
-        return ""
-
-
 def measure(args: argparse.Namespace) -> str:
     """One step from sampling to Adam, after one that warms up; random rewards."""
     torch.manual_seed(0)
@@ -159,7 +145,8 @@ def measure(args: argparse.Namespace) -> str:
     plain = models.spread(policy, ref.requires_grad_(False), "bfloat16")
     typed = {"task": "math", "batch": args.batch, "k": 4, "max_new_tokens": args.tokens}
     cfg = score.configure({**typed, "rows": args.rows})
-    chat, adam = RandomChat(list(RandomChat.p1)), models.adam(policy, cfg.lr)
+    chat = RandomChat((PROMPT, PROMPT + 1), p1=list(range(10, 10 + AGAIN)))
+    adam = models.adam(policy, cfg.lr)
     learner = score.Learner(policy, ref, plain, adam, chat, [], cfg)
     problems = [Problem("", "", "math", "p" * n) for n in range(args.batch // 4) for _ in range(4)]
     for number in range(2):
