@@ -246,4 +246,4 @@ def report(args: argparse.Namespace, problems: list[Problem], folder: Path, sett
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ranks.leave(main())

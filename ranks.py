@@ -20,6 +20,7 @@ score.py.
 import contextlib
 import logging
 import os
+import sys
 import warnings
 from datetime import timedelta
 from functools import partial
@@ -66,6 +67,15 @@ def joined():
     if dist.is_initialized():
         dist.barrier()  # a process must not end while gloo still sends for it
         dist.destroy_process_group()
+
+
+def leave(status: int):
+    """End this process; one of torchrun's at once, since threads of torch may outlive Python."""
+    if dist.is_torchelastic_launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def backend() -> str:

@@ -444,4 +444,4 @@ def go(typed: dict) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ranks.leave(main())
