@@ -1,0 +1,120 @@
+"""What may a process do? It compute, and little else: seccomp and Landlock, by ctypes.
+
+    read_only(folders)     from now on, files can be opened in these folders only, for reading
+    confine(filter)        from now on, only the system calls of ALLOWED exist
+
+Both are for good, and hold for children, native code and root. There is no way to open a socket or
+a file for writing, to start a process or thread, or to signal one: what is not listed fails with
+EPERM. Linux on x86-64 and ARM64; elsewhere both return False. Next to read: sandbox.py.
+"""
+
+import contextlib
+import ctypes
+import os
+import platform
+import resource
+import signal
+import struct
+import sys
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+# System calls by their numbers on x86-64 and ARM64 (asm/unistd.h); None: there is none.
+ALLOWED = {
+    "read": (0, 63), "write": (1, 64), "close": (3, 57), "stat": (4, None), "fstat": (5, 80),
+    "lstat": (6, None), "lseek": (8, 62), "mmap": (9, 222), "mprotect": (10, 226),
+    "munmap": (11, 215), "brk": (12, 214), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139),
+    "pread64": (17, 67), "access": (21, None), "sched_yield": (24, 124), "mremap": (25, 216),
+    "madvise": (28, 233), "nanosleep": (35, 101), "getpid": (39, 172), "sendto": (44, 206),
+    "recvfrom": (45, 207), "exit": (60, 93), "uname": (63, 160), "getcwd": (79, 17),
+    "readlink": (89, None), "gettimeofday": (96, 169), "getrusage": (98, 165), "times": (100, 153),
+    "getuid": (102, 174), "getgid": (104, 176), "geteuid": (107, 175), "getegid": (108, 177),
+    "gettid": (186, 178), "time": (201, None), "futex": (202, 98), "sched_getaffinity": (204, 123),
+    "getdents64": (217, 61), "restart_syscall": (219, 128), "clock_gettime": (228, 113),
+    "clock_getres": (229, 114), "clock_nanosleep": (230, 115), "exit_group": (231, 94),
+    "newfstatat": (262, 79), "readlinkat": (267, 78), "getrandom": (318, 278), "statx": (332, 291),
+}  # fmt: skip
+OPENAT = (257, 56)  # allowed for reading, where Landlock says what
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, AUDIT_ARCH
+
+LOAD, AND, EQUAL, RETURN = 0x20, 0x54, 0x15, 0x06  # instructions of BPF
+KILL, DENY, ALLOW = 0x80000000, 0x00050001, 0x7FFF0000  # what a filter returns; DENY is EPERM
+NUMBER, ARCH, FLAGS = 0, 4, 32  # places in seccomp_data; openat's flags are its third argument
+PDEATHSIG, SECCOMP, NO_NEW_PRIVS = 1, 22, 38  # of prctl
+CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # Landlock's system calls
+READ_FILE, READ_DIR = 4, 8  # two of its rights
+
+
+def system_call(function, *arguments) -> int:
+    """What a function of LIBC returns; raises OSError."""
+    result = function(*arguments)
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+def prctl(option: int, *values) -> None:
+    arguments = [ctypes.c_ulong(value) for value in (*values, 0, 0, 0, 0)[:4]]
+    system_call(LIBC.prctl, option, *arguments)
+
+
+def limit(memory: int, files: int) -> None:
+    """Limit this process and its children to `memory` bytes each and to file numbers < `files`."""
+    for name, most in (("AS", memory), ("NOFILE", files), ("FSIZE", 0), ("CORE", 0)):
+        with contextlib.suppress(ValueError, OSError):  # macOS has no limit of memory
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+
+
+def die_with_parent() -> None:
+    if sys.platform == "linux":
+        prctl(PDEATHSIG, signal.SIGKILL)
+
+
+def read_only(folders: list[str]) -> bool:
+    """Let files be opened in `folders` only, and not for writing; False without Landlock."""
+    if sys.platform != "linux":
+        return False
+    try:
+        version = system_call(LIBC.syscall, CREATE_RULESET, None, 0, 1)
+        rights = struct.pack("Q", 2 ** min(12 + version, 15) - 1)  # all that this version knows
+        rules = system_call(LIBC.syscall, CREATE_RULESET, rights, len(rights), 0)
+        for folder in folders:
+            beneath = struct.pack("=Qi", READ_FILE | READ_DIR, os.open(folder, os.O_PATH))
+            system_call(LIBC.syscall, ADD_RULE, rules, 1, beneath, 0)
+        prctl(NO_NEW_PRIVS, 1)
+        system_call(LIBC.syscall, RESTRICT_SELF, rules, 0)
+    except OSError:
+        return False
+    return True
+
+
+def seccomp_filter(reading: bool) -> bytes | None:
+    """The allow-list as BPF, None where there is none; reading: with openat, to read."""
+    column, arch = ARCHITECTURES.get(platform.machine(), (None, None))
+    if column is None or sys.platform != "linux":
+        return None
+    numbers = [pair[column] for pair in ALLOWED.values() if pair[column] is not None]
+    rows = [(LOAD, 0, 0, ARCH), (EQUAL, 1, 0, arch), (RETURN, 0, 0, KILL), (LOAD, 0, 0, NUMBER)]
+    for position, number in enumerate(numbers):  # (.., skip if equal, skip if not, ..)
+        rows.append((EQUAL, len(numbers) - position + 4, 0, number))
+    rows += [(EQUAL, 0, 3, OPENAT[column]), (LOAD, 0, 0, FLAGS), (AND, 0, 0, WRITING)]
+    rows += [(EQUAL, int(reading), 0, 0), (RETURN, 0, 0, DENY), (RETURN, 0, 0, ALLOW)]
+    return b"".join(struct.pack("HBBI", *row) for row in rows)
+
+
+def confine(instructions: bytes | None) -> bool:
+    """Let only the system calls of a `seccomp_filter` be; False where that cannot be done."""
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    if instructions is None:
+        return False
+    rows = ctypes.create_string_buffer(instructions)
+    header = struct.pack("HP", len(instructions) // 8, ctypes.addressof(rows))
+    program = ctypes.create_string_buffer(header)
+    try:
+        prctl(NO_NEW_PRIVS, 1)
+        prctl(SECCOMP, 2, ctypes.addressof(program))
+    except OSError:
+        return False
+    return True

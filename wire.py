@@ -1,0 +1,93 @@
+"""What passes between a judge and a program: plain data as JSON, with the types JSON lacks.
+
+    (1, {2: "a"})   ->   ["tuple", [1, ["dict", [[2, "a"]]]]]
+
+Neither pickle nor code: whatever the program sends, the judge makes values of the types below from
+it, whose methods and whose equality are Python's own. Next to read: confine.py.
+"""
+
+import collections
+import datetime
+import decimal
+import fractions
+import json
+import socket
+
+PARTS = {  # type: what one of it is made from
+    complex: lambda z: (z.real, z.imag),
+    range: lambda r: (r.start, r.stop, r.step),
+    collections.deque: lambda d: (list(d),),
+    fractions.Fraction: lambda q: (q.numerator, q.denominator),
+    decimal.Decimal: lambda d: (str(d),),
+    datetime.datetime: lambda t: (*t.timetuple()[:6], t.microsecond),
+    datetime.date: lambda d: (d.year, d.month, d.day),
+    datetime.timedelta: lambda d: (d.days, d.seconds, d.microseconds),
+}
+MAKE = {kind.__name__: kind for kind in PARTS} | {"list": list, "tuple": tuple, "iterator": iter}
+COLLECTIONS = {
+    "list": list,
+    "tuple": tuple,
+    "frozenset": frozenset,
+    "set": collections.abc.Set,  # a dict's keys too
+    "iterator": collections.abc.Iterator,  # all that is left of it
+}
+
+
+def pack(value, hold):
+    """A value as JSON. A subclass goes as what it subclasses, and what is no data as hold(it)."""
+    if value is None or isinstance(value, bool | float | str):
+        return value
+    if isinstance(value, int):
+        return value if value.bit_length() < 64 else ["int", hex(value)]
+    if isinstance(value, bytes | bytearray):
+        return ["bytes", value.hex()]
+    if isinstance(value, dict):
+        return ["dict", [[pack(key, hold), pack(item, hold)] for key, item in value.items()]]
+    for name, kind in COLLECTIONS.items():
+        if isinstance(value, kind):
+            return [name, [pack(item, hold) for item in value]]
+    for kind, parts in PARTS.items():
+        if isinstance(value, kind):
+            return [kind.__name__, [pack(part, hold) for part in parts(value)]]
+    return ["object", hold(value)]
+
+
+def unpack(data, held):
+    """What was packed, as plain data; held(number or name) is an object."""
+    if not isinstance(data, list):
+        return data
+    name, parts = data
+    if name == "object":
+        return held(parts)
+    if name in ("int", "bytes"):
+        return int(parts, 16) if name == "int" else bytes.fromhex(parts)
+    if name == "dict":
+        return {unpack(key, held): unpack(item, held) for key, item in parts}
+    if name in ("set", "frozenset"):  # one by one: keys that collide shall not outlast the alarm
+        items = {unpack(item, held) for item in parts}
+        return items if name == "set" else frozenset(items)
+    items = [unpack(item, held) for item in parts]
+    return MAKE[name](items) if name in COLLECTIONS else MAKE[name](*items)
+
+
+def send(channel: socket.socket, message) -> None:
+    data = json.dumps(message).encode()
+    channel.sendall(len(data).to_bytes(8, "big") + data)
+
+
+def receive(channel: socket.socket, longest: int = 2**40):
+    """The next message; EOFError if the other side is gone, ValueError if it is too long."""
+    size = int.from_bytes(read(channel, 8), "big")
+    if size > longest:
+        raise ValueError(f"a message of {size} bytes")
+    return json.loads(read(channel, size))
+
+
+def read(channel: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = channel.recv(size - len(data))
+        if not part:
+            raise EOFError("the other side is gone")
+        data += part
+    return data
