@@ -1,14 +1,4 @@
-"""What is asked: problems, the two prompts, and the token ids that frame an attempt.
-
-SCoRe asks twice. Everything is joined as tokens, never by decoding and tokenising again:
-
-    x1 = [bos, question, template ...]      the first prompt, from the model's own chat template
-    y1 = [...] + end token                  attempt 1, sampled
-    p1 = [template, instruction, ...]       asks for another attempt: "There might be an error ..."
-    x2 = x1 + y1 + p1                       the second prompt
-    y2 = [...] + end token                  attempt 2, sampled
-
-A task is its problems (`load_problems`), its words (`TASKS`) and a reward (rewards.py).
+"""What is asked: problems with their true answers, of three tasks.
 
 `sums`, built in, is column addition, most significant column first; here with three of the eight
 columns:
@@ -19,14 +9,12 @@ columns:
 The first digit needs a carry that may come from far to the right. Attempt 1 has to see it coming;
 attempt 2 can read what attempt 1 wrote.
 
-`math` is MATH, 12,000 problems to train on and the 500 of MATH500 to test on (section 6 and
-appendix C of the paper), from the hub or from files. Next to read: expressions.py.
+`math` is MATH, 12,000 problems to train on and the 500 of MATH500 to test on. `code` is MBPP to
+train on and HumanEval to test on (both section 6 of the paper). They come from the hub or from
+files. How a problem is put to a model is in tasks.py. Next to read: expressions.py.
 """
 
-import gzip
 import hashlib
-import json
-import logging
 import random
 import re
 import sys
@@ -35,56 +23,18 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from sources import InputError, from_hub, read_folder
+
 COLUMNS = 8  # of a sum; NOT IN PAPER, like all of the built-in task
 SHARE_OF_NINES = 0.5  # columns that add up to 9 pass a carry on, so carries run far
-
-MATH_FORM = (
-    "At the end of the Solution, when you give your final answer, write it in the form "
-    '"Final Answer: The final answer is $answer$. I hope it is correct."'
-)
-MATH_PROMPT = (
-    "You are a math expert. When you respond, respond only with the Solution of the final Problem, "
-    f"thinking step by step. {MATH_FORM}"
-)
-MATH_CORRECTION = (
-    "There might be an error in the solution above because of lack of understanding of the "
-    "question. Please correct the error, if any, and rewrite the solution. Only output the final "
-    f"solution! {MATH_FORM}"
-)
-
-
-@dataclass(frozen=True)
-class Task:
-    """How a task asks, {} being the question, and asks again; and how it is evaluated.
-
-    problems: held out. max_new_tokens: of one attempt. precision: of the weights. rows: attempted
-    side by side. Each is a flag of eval.py, and of score.py.
-    """
-
-    first: str
-    again: str
-    problems: int
-    max_new_tokens: int
-    precision: str
-    rows: int
-
-
-TASKS = {
-    "sums": Task("{}", "again =", 2000, 10, "float32", 500),
-    # NOT STATED: where the question stands, and whether as a system or a user message.
-    "math": Task(f"{MATH_PROMPT}\n\nProblem: {{}}", MATH_CORRECTION, 500, 1024, "bfloat16", 64),
-}
-
-
-class InputError(Exception):
-    """A mistake in a flag, a file or a model: shown as one sentence, exit status 2."""
 
 
 @dataclass(frozen=True)
 class Problem:
     """One question with its true answer; `id` is unique within the task.
 
-    subject and level are MATH's, such as "Algebra" and "5"; empty for other tasks.
+    subject and level are MATH's, such as "Algebra" and "5". tests are sources that decide about a
+    program (sandbox.run); given is HumanEval's beginning of one. Empty for other tasks.
     """
 
     question: str
@@ -93,25 +43,8 @@ class Problem:
     id: str
     subject: str = ""
     level: str = ""
-
-
-def load_problems(task: str, split: str, count: int | None = None, folder: str = "") -> tuple:
-    """The first `count` problems of a task's "train" or "test" split, always in the same order.
-
-    folder: of MATH's files, "" for the hub. Raises InputError where there is nothing to read.
-    """
-    check_task(task, folder)
-    if task == "math":
-        return math_problems(folder)[split][:count]
-    return sums_problems(split, 20_000 if count is None else count)
-
-
-def check_task(task: str, folder: str) -> None:
-    """Raise InputError for a task that there is not, or one that takes no --data `folder`."""
-    if task not in TASKS:
-        raise InputError(f"--task {task} is unknown: choose {' or '.join(TASKS)}")
-    if folder and task != "math":
-        raise InputError(f"--data {folder} is for --task math: add that, or leave out --data")
+    tests: tuple[str, ...] = ()
+    given: str = ""
 
 
 # --- 1. Column addition ----------------------------------------------------------------------
@@ -164,12 +97,13 @@ SUBJECTS = (
     "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra "
     "precalculus"
 )
+MATH_TEXTS = ["problem", "solution", "answer", "subject", "type"]
 
 
 @cache
 def math_problems(folder: str) -> dict[str, tuple[Problem, ...]]:
     """Both splits, from JSONL files or the hub: the same problems in the same order."""
-    rows = read_folder(Path(folder)) if folder else download()
+    rows = math_rows(folder)
     splits = {split: as_problems(rows[split], split) for split in ("train", "test")}
     for split in splits:
         if not splits[split]:
@@ -182,6 +116,24 @@ def math_problems(folder: str) -> dict[str, tuple[Problem, ...]]:
             f'"{clashes[0][:60]}": take them out of the training file, or name another --data'
         )
     return splits
+
+
+def math_rows(folder: str) -> dict[str, list[dict]]:
+    """Both splits: two files, or from the hub all of MATH less MATH500, and MATH500."""
+    if folder:
+        names = {"train": ["train"], "test": ["test", "math500"]}
+        return read_folder(Path(folder), names, MATH_TEXTS)
+    test = from_hub("math", [(HUB_TEST, "test")])
+    subjects = SUBJECTS.split()
+    rows = from_hub("math", [(HUB_TRAIN, s, part) for s in subjects for part in ("train", "test")])
+    held_out = {words(row["problem"]) for row in test}
+    train = [row for row in rows if words(row["problem"]) not in held_out]
+    if len(rows) - len(train) < len(held_out):
+        raise InputError(
+            f"{HUB_TRAIN} lacks problems of {HUB_TEST}, so training would see them in other words: "
+            "name a folder of JSONL files with --data"
+        )
+    return {"train": train, "test": test}
 
 
 def as_problems(rows: list[dict], split: str) -> tuple[Problem, ...]:
@@ -221,136 +173,68 @@ def last_box(text: str) -> str | None:
     return box
 
 
-def download() -> dict[str, list[dict]]:
-    """Both splits from the hub: all of MATH less MATH500, and MATH500."""
-    from datasets import load_dataset  # slow to import, and not needed for the built-in task
+# --- 3. MBPP and HumanEval ---------------------------------------------------------------------
 
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it counts its retries
-    try:
-        test = list(load_dataset(HUB_TEST, split="test"))
+HUB_MBPP, HUB_HUMANEVAL = "google-research-datasets/mbpp", "openai/openai_humaneval"
+SHOTS = (2, 3, 4)  # MBPP's ids that the three-shot prompt shows (appendix C)
+MBPP_TEST = range(11, 511)  # its own test split
+CODE_TEXTS = ["text", "code"], ["prompt", "canonical_solution", "test", "entry_point"]
+
+
+@cache
+def code_problems(folder: str, ids: str) -> dict[str, tuple[Problem, ...]]:
+    """MBPP's problems `ids` to train on, HumanEval to test on, and "mbpp", MBPP's test split."""
+    if folder:
         rows = [
-            row
-            for subject in SUBJECTS.split()
-            for split in ("train", "test")
-            for row in load_dataset(HUB_TRAIN, subject, split=split)
+            read_folder(Path(folder), {name: [name]}, texts)[name]
+            for name, texts in zip(("mbpp", "humaneval"), CODE_TEXTS, strict=True)
         ]
-    except Exception as error:  # whatever an absent network raises
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(
-            f"--task math cannot be read from the Hugging Face hub ({reason}): allow the network, "
-            "or name a folder of JSONL files with --data"
-        ) from error
-    held_out = {words(row["problem"]) for row in test}
-    train = [row for row in rows if words(row["problem"]) not in held_out]
-    if len(rows) - len(train) < len(held_out):
-        raise InputError(
-            f"{HUB_TRAIN} lacks problems of {HUB_TEST}, so training would see them in other words: "
-            "name a folder of JSONL files with --data"
-        )
-    return {"train": train, "test": test}
-
-
-TEXTS = ("problem", "solution", "answer", "subject", "type")
-
-
-def read_folder(folder: Path) -> dict[str, list[dict]]:
-    """Both splits from a folder: one file has "train" in its name, one "test" or "math500"."""
-    splits = {}
-    for split, names in {"train": ["train"], "test": ["test", "math500"]}.items():
-        files = sorted(folder.glob("*.jsonl*"))
-        found = [path for path in files if any(name in path.name for name in names)]
-        if len(found) != 1:
-            raise InputError(
-                f"--data {folder} needs one JSONL file (.jsonl or .jsonl.gz) with "
-                f"{' or '.join(names)} in its name, but has {len(found)}"
-            )
-        splits[split] = read_jsonl(found[0])
-    return splits
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """Rows with a "problem" and a "solution" or an "answer", all texts; a bad line is named."""
-    opened = gzip.open if path.suffix == ".gz" else open
+    else:
+        parts = [(HUB_MBPP, "full", part) for part in ("prompt", "test", "validation", "train")]
+        rows = from_hub("code", parts), from_hub("code", [(HUB_HUMANEVAL, "test")])
+    source = folder or f"{HUB_MBPP} or {HUB_HUMANEVAL}"
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            lines = file.read().splitlines()
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}): mend it or name another") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
+        mbpp = {int(row["task_id"]): mbpp_problem(row) for row in rows[0]}
+        humaneval = tuple(map(humaneval_problem, rows[1]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{source} is not as MBPP and HumanEval are: {error!r}") from error
+    splits = {"train": numbers_of(ids), "mbpp": MBPP_TEST}
+    found = {name: tuple(mbpp[i] for i in split if i in mbpp) for name, split in splits.items()}
+    if not all(found.values()) or not humaneval:
+        raise InputError(f"{source} has no problem of --ids {ids}, of 11-510 or of HumanEval")
+    return {**found, "test": humaneval}
+
+
+def numbers_of(ids: str) -> list[int]:
+    """ "2,511-513" -> [2, 511, 512, 513]; InputError for what is no such list."""
+    numbers: set[int] = set()
+    for part in ids.split(","):
+        first, _, last = part.partition("-")
         try:
-            row = dict(json.loads(line)) if line.strip() else None
-            if row and not all(isinstance(row.get(key) or "", str) for key in TEXTS):
-                raise TypeError("not a text")
-            rows += [row] if row and row["problem"] else []
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(
-                f"{path}, line {number}, is no JSON object with a problem, all texts: mend it"
-            ) from error
-    return rows
+            numbers |= set(range(int(first), int(last or first) + 1))
+        except ValueError as error:
+            raise InputError(f"--ids {ids} is no list of numbers such as 511-974") from error
+    if numbers & set(SHOTS):
+        raise InputError(f"--ids {ids} has one of {SHOTS}, which every prompt shows: leave it out")
+    return sorted(numbers)
 
 
-# --- 3. Prompts as token ids -----------------------------------------------------------------
-
-# For base models, which have no chat template. NOT STATED: any layout.
-PLAIN_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ message.content }}"
-    "{% if message.role == 'user' %}{{ '\n\nSolution:' }}"
-    "{% else %}{{ eos_token + '\n\n' }}{% endif %}{% endfor %}"
-)
+def mbpp_problem(row: dict) -> Problem:
+    """A row of MBPP; the question ends with the tests, as the paper's prompt shows them."""
+    shown = "\n".join(row["test_list"])
+    question = f"{row['text']} Your code should pass these tests:\n\n{shown}"
+    tests = (row["test_setup_code"], *row["test_list"])
+    return Problem(question, row["code"], "code", f"MBPP/{row['task_id']}", tests=tests)
 
 
-@dataclass(frozen=True)
-class Chat:
-    """A tokenizer and the ids that frame an attempt of its model.
-
-    p1: what stands between an attempt's end token and the next attempt. end_ids: every token that
-    ends an attempt (Gemma: 1 and 107). close_id: the one that the chat template itself writes; it
-    closes an attempt that was cut off.
-    """
-
-    tokenizer: object
-    p1: list[int]
-    end_ids: tuple[int, ...]
-    close_id: int
-
-    def x1(self, problem: Problem) -> list[int]:
-        """The first prompt's token ids; the template writes the one BOS."""
-        question = TASKS[problem.task].first.format(problem.question)
-        text = _render(self.tokenizer, [{"role": "user", "content": question}])
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    def text(self, tokens: list[int]) -> str:
-        """An attempt as text, without its end token; stray special tokens stay visible."""
-        ended = bool(tokens) and tokens[-1] in self.end_ids
-        return self.tokenizer.decode(tokens[:-1] if ended else tokens).strip()
+def humaneval_problem(row: dict) -> Problem:
+    """A row of HumanEval; its preamble is run with the tests, too: no program can change that."""
+    prompt = row["prompt"]
+    tests = (preamble(prompt), row["test"], f"check({row['entry_point']})")
+    answer = prompt + row["canonical_solution"]
+    return Problem(prompt, answer, "code", row["task_id"], tests=tests, given=prompt)
 
 
-def _render(tokenizer, messages: list[dict]) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
-def read_chat(tokenizer, model, task: str) -> Chat:
-    """The Chat of a model: p1 and the end tokens, read from template and configs together.
-
-    A tokenizer without a chat template gets the plain one. Raises InputError if there is no token
-    that could end an attempt.
-    """
-    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
-    marker = "ATTEMPT"
-    messages = [
-        {"role": "user", "content": "QUESTION"},
-        {"role": "assistant", "content": marker},
-        {"role": "user", "content": TASKS[task].again},
-    ]
-    after = _render(tokenizer, messages).partition(marker)[2]
-    ids = tokenizer(after, add_special_tokens=False).input_ids
-    listed = [tokenizer.eos_token_id, model.config.eos_token_id]
-    listed.append(model.generation_config.eos_token_id if model.can_generate() else None)
-    end_ids = {i for one in listed for i in (one if isinstance(one, list) else [one])} - {None}
-    if not ids or ids[0] not in end_ids | set(tokenizer.all_special_ids):
-        raise InputError(
-            f"{tokenizer.name_or_path} has no end token: its chat template must close an answer "
-            "with one, or its tokenizer name an eos_token"
-        )
-    return Chat(tokenizer, ids[1:], tuple(sorted(end_ids | {ids[0]})), ids[0])
+def preamble(prompt: str) -> str:
+    """What stands before the last function of a HumanEval prompt: imports, helpers of the tests."""
+    return f"\n{prompt}".rpartition("\ndef ")[0] + "\n"

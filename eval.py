@@ -3,6 +3,8 @@
     python eval.py --model runs/sums/stage2                 greedy, two attempts, 2,000 problems
     python eval.py --model runs/sums/stage2 --attempts 4    more attempts than in training
     python eval.py --model runs/math/stage2 --task math     MATH500, by level and by subject too
+    python eval.py --model runs/code/stage2 --task code     HumanEval; MBPP with --split mbpp
+    python eval.py --model runs/code/stage2 --task code --split mbpp --repair      (repair.py)
     python eval.py --plot runs/sums                         the learning curve, as a PNG
 
 The metrics are those of section 3 of the paper. delta_i_to_c and delta_c_to_i are fractions of ALL
@@ -12,14 +14,15 @@ problems, so that acc_t2 - acc_t1 = delta_i_to_c - delta_c_to_i. Next to read: s
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 import ranks
-from data import TASKS, Chat, InputError, Problem, check_task, load_problems, read_chat
+from data import InputError, Problem
 from models import check_precision, load_checkpoint
-from rewards import agree, stated_answer
+from repair import base_of, begin_wrong, read_attempts
 from runs import (
     COLDEST,
     alone_in,
@@ -30,6 +33,7 @@ from runs import (
     write_atomically,
 )
 from sample import Episode, Sampling, askable, rollout
+from tasks import TASKS, Chat, agree, check_task, load_problems, read_chat, stated_answer
 
 Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
@@ -117,13 +121,19 @@ def by_group(episodes: list[Episode]) -> dict[str, dict[str, float]]:
     }
 
 
-def evaluate(model, chat: Chat, problems: list[Problem], sampling: Sampling):
-    """Episodes and metrics of a model over `problems`; each rank attempts its share of them."""
+def evaluate(model, chat: Chat, problems: list[Problem], sampling: Sampling, begun=()):
+    """Episodes and metrics of a model over `problems`; each rank attempts its share of them.
+
+    begun: an episode for each problem, whose attempts are given and continued.
+    """
     problems = ranks.together(askable, problems, model, chat, sampling)
-    own = problems[ranks.share(len(problems))]
-    batches = [own[start : start + sampling.rows] for start in range(0, len(own), sampling.rows)]
-    bar = tqdm(batches, desc="eval", unit="batch", leave=False)
-    episodes = [episode for batch in bar for episode in rollout(model, chat, batch, sampling)]
+    asked = {problem.id for problem in problems}
+    begun = [episode for episode in begun if episode.problem.id in asked]
+    share, episodes = ranks.share(len(problems)), []
+    own, begun = problems[share], begun[share]
+    for start in tqdm(range(0, len(own), sampling.rows), desc="eval", unit="batch", leave=False):
+        rows = slice(start, start + sampling.rows)
+        episodes += rollout(model, chat, own[rows], sampling, begun[rows])
     episodes = ranks.gather(episodes)
     return episodes, measure(episodes)
 
@@ -168,7 +178,10 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", help="checkpoint folder, or name on the Hugging Face hub")
     parser.add_argument("--task", default="sums", help=" or ".join(TASKS))
-    parser.add_argument("--data", default="", help="folder of MATH's JSONL files, not the hub")
+    parser.add_argument("--data", default="", help="folder of the task's JSONL files, not the hub")
+    parser.add_argument("--split", default="test", help="of the problems; code: test or mbpp")
+    words = "correct given wrong first attempts: of a JSONL file, or (without FILE) of the base"
+    parser.add_argument("--repair", nargs="?", const="", metavar="FILE", help=words)
     parser.add_argument("--attempts", type=int, default=2)
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     for name, words in OF_TASK.items():
@@ -202,7 +215,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def prepare(args: argparse.Namespace) -> tuple[list[Problem], Path, dict[str, str]]:
     """Problems, folder and settings of an evaluation; InputError for what cannot work."""
-    check_task(args.task, args.data)
+    check_task(args.task, data=args.data)
+    if args.split not in TASKS[args.task].splits:
+        splits = " or ".join(TASKS[args.task].splits)
+        raise InputError(f"--split {args.split} is not one of --task {args.task}: {splits}")
     for name in OF_TASK:
         if getattr(args, name) is None:
             setattr(args, name, getattr(TASKS[args.task], name))
@@ -216,22 +232,47 @@ def prepare(args: argparse.Namespace) -> tuple[list[Problem], Path, dict[str, st
         raise InputError(
             f"--temperature {args.temperature} must be 0 (greedy) or {COLDEST} or more"
         )
-    problems = load_problems(args.task, "test", args.problems, args.data)
+    if args.repair is not None and args.attempts < 2:
+        raise InputError("--repair needs --attempts 2 or more: the first are given")
+    problems = load_problems(args.task, args.split, args.problems, args.data)
     no_settings = ("out", "plot", "rows")
     settings = {key: str(value) for key, value in vars(args).items() if key not in no_settings}
     local = Path(args.model).is_dir()
-    folder = args.out or (Path(args.model) if local else Path("runs") / args.model) / "eval"
+    name = (
+        "eval" + f"-{args.split}" * (args.split != "test") + "-repair" * (args.repair is not None)
+    )
+    folder = args.out or (Path(args.model) if local else Path("runs") / args.model) / name
     if read_json(folder / "metrics.json").get("settings", settings) != settings:
         raise InputError(f"--out {folder} holds another evaluation: name another folder")
     return problems, folder, settings
 
 
+def load(name: str, args: argparse.Namespace):
+    """A model on this rank's device, and its Chat."""
+    model, tokenizer = ranks.together(load_checkpoint, name, args.precision)
+    return model.to(ranks.device()), ranks.together(read_chat, tokenizer, model, args.task)
+
+
+def given_attempts(args, problems, sampling: Sampling) -> tuple[list[Problem], list[str]] | None:
+    """What --repair begins with: attempts from a file, or greedy ones of the base model."""
+    if args.repair:
+        return ranks.together(read_attempts, Path(args.repair), problems)
+    if args.repair is None:
+        return None
+    model, chat = load(base_of(args.model), args)
+    one = replace(sampling, attempts=1, temperature=0.0)
+    episodes = evaluate(model, chat, problems, one)[0]
+    return [e.problem for e in episodes], [e.attempts[0].text for e in episodes]
+
+
 def report(args: argparse.Namespace, problems: list[Problem], folder: Path, settings) -> None:
     """Evaluate a model, print every metric and its interval, write both files."""
-    model, tokenizer = ranks.together(load_checkpoint, args.model, args.precision)
-    chat = ranks.together(read_chat, tokenizer, model, args.task)
     sampling = Sampling(args.attempts, args.max_new_tokens, args.temperature, args.seed, args.rows)
-    episodes, metrics = evaluate(model.to(ranks.device()), chat, problems, sampling)
+    given = given_attempts(args, problems, sampling)
+    model, chat = load(args.model, args)
+    begun = ranks.together(begin_wrong, *given, chat) if given else []
+    problems = [episode.problem for episode in begun] or problems
+    episodes, metrics = evaluate(model, chat, problems, sampling, begun)
     groups = by_group(episodes)
     bounds = intervals(metrics, len(episodes))
     for name, value in metrics.items():

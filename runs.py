@@ -31,8 +31,9 @@ import transformers
 from tqdm import tqdm
 
 import ranks
-from data import InputError, check_task
+from data import InputError
 from models import check_precision, move_in
+from tasks import TASKS, check_task, settings_of
 
 LOGS, RESULTS = ("metrics.jsonl", "samples.txt"), "results.json"
 BEGUN = {"base", RESULTS, "state"}  # what is written before config.json
@@ -145,7 +146,8 @@ def parse_flags(settings: type, words: str, argv: list[str] | None) -> dict:
     parser = argparse.ArgumentParser(description=words.partition("\n")[0], allow_abbrev=False)
     parser.error = reject
     for item in fields(settings):
-        of_task = "".join(f", {t}: {other}" for t, other in item.metadata["of_task"].items())
+        others = {task: settings_of(task).get(item.name, item.default) for task in TASKS}
+        of_task = "".join(f", {task}: {x}" for task, x in others.items() if x != item.default)
         text = f"{item.metadata['help']} (default: {item.default}{of_task})".replace("%", "%%")
         kind = {"action": "store_true"} if item.default is False else {"type": type(item.default)}
         parser.add_argument(as_flag(item.name), default=argparse.SUPPRESS, help=text, **kind)
@@ -170,7 +172,7 @@ def evaluating(cfg) -> str:
 def check_settings(cfg) -> None:
     """Raise InputError for a setting that cannot work, before anything is written."""
     plan_of(cfg.stage)
-    check_task(cfg.task, cfg.data)
+    check_task(cfg.task, data=cfg.data, ids=cfg.ids)
     positive = ("steps1", "steps2", "batch", "lr", "clip", "max_new_tokens", "temperature")
     for name in (*positive, "rows", "micro_tokens", "save_every", "show_every", "problems"):
         if not 0 < getattr(cfg, name) < math.inf:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from cache import cache_for
-from data import Chat, InputError, Problem
-from rewards import reward
+from data import InputError, Problem
+from tasks import TASKS, Chat
 
 # --- 1. What flows ---------------------------------------------------------------------------
 
@@ -91,16 +91,18 @@ def rollout_rows(model, chat: Chat, problems, sampling: Sampling, begun, uniform
     x1 = {problem.id: chat.x1(problem) for problem in problems}
     prompts = [x1[problem.id] for problem in problems]
     attempts = [list(episode.attempts) for episode in begun] or [[] for _ in problems]
-    longest = max(map(len, prompts))
-    columns = longest + sampling.attempts * (sampling.max_new_tokens + 1 + len(chat.p1))
+    spoken = [sum(len(y.tokens) + 1 + len(chat.p1) for y in made) for made in attempts]
+    longest = max(len(prompt) + more for prompt, more in zip(prompts, spoken, strict=True))
+    to_come = sampling.attempts - len(attempts[0])
+    columns = longest + to_come * (sampling.max_new_tokens + 1 + len(chat.p1))
     cache = cache_for(model, len(problems), columns)
     with torch.inference_mode():
         for number in range(len(attempts[0]), sampling.attempts):
             made = [segments(chat, *row) for row in zip(prompts, attempts, strict=True)]
             contexts = [[token for tokens, _ in parts for token in tokens] for parts in made]
             answers = decode(cache, contexts, uniforms[:, number], sampling, chat.end_ids)
-            for problem, row, answer in zip(problems, attempts, answers, strict=True):
-                row.append(judge(chat, problem, *map(list, zip(*answer, strict=True))))
+            for row, attempt in zip(attempts, judge(chat, problems, answers), strict=True):
+                row.append(attempt)
     return [
         Episode(problem, prompt, tuple(made), offline=bool(begun))
         for problem, prompt, made in zip(problems, prompts, attempts, strict=True)
@@ -120,9 +122,15 @@ def segments(chat: Chat, x1: list[int], attempts) -> list[tuple[list[int], int]]
     return parts
 
 
-def judge(chat: Chat, problem: Problem, tokens: list[int], logp: list[float]) -> Attempt:
-    text = chat.text(tokens)
-    return Attempt(tokens, logp, text, tokens[-1] in chat.end_ids, reward(text, problem))
+def judge(chat: Chat, problems, answers) -> list[Attempt]:
+    """Attempts from the (token, log-prob)s of each, with their rewards."""
+    pairs = [tuple(map(list, zip(*answer, strict=True))) for answer in answers]
+    texts = [chat.text(tokens) for tokens, _ in pairs]
+    rewards = TASKS[problems[0].task].rewards(texts, problems)
+    return [
+        Attempt(tokens, logp, text, tokens[-1] in chat.end_ids, reward)
+        for (tokens, logp), text, reward in zip(pairs, texts, rewards, strict=True)
+    ]
 
 
 def decode(cache, contexts, uniforms, sampling: Sampling, end_ids):

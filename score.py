@@ -21,7 +21,8 @@ bonus. With α = 10, a right y1 would be paid r1 - α r1 = -9.
 
     python score.py                 base model, Stage I and Stage II on column addition, on a CPU
     python score.py --stage 1       only Stage I; then --stage 2 goes on from there
-    python score.py --task math     the paper's task: Gemma 2 2B on MATH, on one GPU of 80 GB
+    python score.py --task math     as in the paper: Gemma 2 2B on MATH, on one GPU of 80 GB
+    python score.py --task code     and on MBPP, to write the programs of HumanEval
     torchrun --nproc_per_node=8 score.py ...     the same on many (ranks.py)
 
 Left out: a value model (siblings are the baseline), PPO's ratio and clipping (one update a batch,
@@ -32,7 +33,7 @@ no learning curve: only its gradient means something. Next to read: runs.py.
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -43,56 +44,55 @@ from tqdm import tqdm
 import models
 import ranks
 import runs
-from data import Chat, InputError, Problem, load_problems, read_chat
+from data import InputError, Problem
 from eval import as_table, as_text, evaluate, measure
 from runs import Progress, Run
 from sample import Episode, Sampling, askable, collate, micro_batches, pick, rollout, transcript
+from tasks import Chat, load_problems, read_chat, settings_of
 
 
-def flag(default, words: str, **of_task):
-    """A setting: its default, what it is and where it comes from, and other tasks' defaults."""
-    return field(default=default, metadata={"help": words, "of_task": of_task})
+def flag(default, words: str):
+    """A setting: its default, what it is and where it comes from."""
+    return field(default=default, metadata={"help": words})
 
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run. Defaults are the built-in task's, and behind each those of `math`."""
+    """All settings of a run. Defaults are the built-in task's; other tasks set theirs in TASKS."""
 
     stage: str = flag("1,2", "stages in order, such as 1 or 1,2,1,2")
-    model: str = flag("builtin", "base: builtin, folder or hub name", math="google/gemma-2-2b-it")
+    model: str = flag("builtin", "base: builtin, folder or hub name")
     init: str = flag("", "checkpoint folder to start the policy from (default: base, or Stage I)")
-    task: str = flag("sums", "what to learn: sums or math")
-    data: str = flag("", "folder of MATH's JSONL files (default: from the Hugging Face hub)")
-    out: str = flag("runs/sums", "run folder", math="runs/math")
+    task: str = flag("sums", "what to learn: sums, math or code")
+    data: str = flag("", "folder of the task's JSONL files, not the Hugging Face hub")
+    ids: str = flag("", "of MBPP's problems to train on; NOT STATED")
+    out: str = flag("runs/sums", "run folder")
     seed: int = flag(0, "of base model, data order and sampling")
-    steps1: int = flag(300, "updates in Stage I; split NOT STATED, Table 8: 3000 in all", math=1500)
-    steps2: int = flag(50, "updates in Stage II", math=1500)
-    batch: int = flag(256, "episodes per step, k per problem; Table 8, of NOT STATED", math=512)
-    k: int = flag(8, "samples per problem, at least 2; NOT STATED, RLOO's paper: 2 and 4", math=4)
-    lr: float = flag(2.5e-4, "Adam's rate; Table 8: 5e-6, a small model takes more", math=5e-6)
+    steps1: int = flag(300, "updates in Stage I; split NOT STATED, Table 8: 3000 in all")
+    steps2: int = flag(50, "updates in Stage II")
+    batch: int = flag(256, "episodes per step, k per problem; Table 8, of NOT STATED")
+    k: int = flag(8, "samples per problem, at least 2; NOT STATED, RLOO's paper: 2 and 4")
+    lr: float = flag(2.5e-4, "Adam's rate; Table 8: 5e-6, a small model takes more")
     alpha: float = flag(10.0, "weight of the bonus; Table 8")
     beta1: float = flag(0.01, "weight of the ordinary KL; Table 8")
     beta2: float = flag(0.1, "weight of Stage I's KL on attempt 1; Table 8")
     temperature: float = flag(1.0, "of the policy, sampled and scored alike; Table 8")
     offline: float = flag(0.0, "share of problems whose attempt 1 is the base's (section 5.3)")
     clip: float = flag(1.0, "largest gradient norm; NOT STATED, 1 is the custom")
-    max_new_tokens: int = flag(10, "of one attempt; NOT STATED, a sum needs 9", math=1024)
-    precision: str = flag("float32", "of the policy; bfloat16 has float32 masters", math="bfloat16")
-    rows: int = flag(500, "episodes sampled side by side: memory, not the result", math=64)
-    micro_tokens: int = flag(16384, "tokens per forward pass: memory, not the result", math=8192)
-    recompute: int = flag(0, "1: compute activations again in backward, to hold fewer", math=1)
+    max_new_tokens: int = flag(10, "of one attempt; NOT STATED, a sum needs 9")
+    precision: str = flag("float32", "of the policy; bfloat16 has float32 masters")
+    rows: int = flag(500, "episodes sampled side by side: memory, not the result")
+    micro_tokens: int = flag(16384, "tokens per forward pass: memory, not the result")
+    recompute: int = flag(0, "1: compute activations again in backward, to hold fewer")
     save_every: int = flag(25, "steps between saves; the best of them is the stage's checkpoint")
     show_every: int = flag(25, "steps between transcripts in samples.txt")
-    problems: int = flag(2000, "held-out problems in the table at the end", math=500)
+    problems: int = flag(2000, "held-out problems in the table at the end")
     resume: bool = flag(False, "go on with the interrupted run in --out")
 
 
 def configure(typed: dict) -> Config:
     """The settings of a task, with those that were typed."""
-    defaults = {f.name: f.metadata["of_task"] for f in fields(Config)}
-    task = typed.get("task")
-    of_task = {name: others[task] for name, others in defaults.items() if task in others}
-    return Config(**{**of_task, **typed})
+    return Config(**{**settings_of(typed.get("task", Config.task)), **typed})
 
 
 # Shapes: B episodes (k samples of a problem adjacent), S tokens of a transcript, T = S - 1 that are
@@ -407,7 +407,7 @@ def build(cfg: Config, init: str, same_base: bool) -> Learner:
 
 def what_is_asked(cfg: Config, ref, tokenizer) -> tuple[Chat, list[Problem]]:
     chat = read_chat(tokenizer, ref, cfg.task)
-    problems = load_problems(cfg.task, "train", folder=cfg.data)
+    problems = load_problems(cfg.task, "train", data=cfg.data, ids=cfg.ids)
     return chat, askable(problems, ref, chat, Sampling(2, cfg.max_new_tokens))
 
 

@@ -21,7 +21,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
-from data import COLUMNS, Chat, Problem, add_columns, load_problems, read_chat
+from data import COLUMNS, Problem, add_columns
+from tasks import Chat, load_problems, read_chat
 
 # How many columns to the right an attempt looks for a carry: shares of first attempts.
 REACH = {1: 0.75, 2: 0.21, COLUMNS: 0.04}

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import last_box, read_folder  # noqa: E402
+from data import last_box, math_rows  # noqa: E402
 from rewards import math_reward, same_answer  # noqa: E402
 
 
@@ -32,7 +32,7 @@ def on_pairs() -> None:
 
 def on_math(folder: Path) -> None:
     """Each gold against itself, and against the last box of its solution."""
-    for split, rows in read_folder(folder).items():
+    for split, rows in math_rows(str(folder)).items():
         golds = [row.get("answer") or last_box(row["solution"]) or "" for row in rows]
         times = []
         for gold in golds:

@@ -15,9 +15,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a missing model is missing at once
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks want two GPUs, or none
 
 import ranks
-from data import load_problems, read_chat
 from models import save_checkpoint
 from sft import builtin_model, builtin_tokenizer
+from tasks import load_problems, read_chat
 
 
 @pytest.fixture

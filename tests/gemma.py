@@ -10,9 +10,9 @@ from tokenizers import models as tokenizer_models
 from tokenizers.trainers import BpeTrainer
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
-from data import MATH_CORRECTION, MATH_PROMPT, load_problems, read_chat
 from models import save_checkpoint
 from sft import negative_log_likelihood
+from tasks import MATH_CORRECTION, MATH_PROMPT, load_problems, read_chat
 
 FILES = Path(__file__).parent / "math"
 TURNS = ["<start_of_turn>", "<end_of_turn>"]  # 106 and 107
@@ -75,7 +75,7 @@ def fitted_checkpoint(folder: Path) -> Path:
     tokenizer = gemma_tokenizer()
     model, rng = gemma_model(tokenizer), random.Random(0)
     chat = read_chat(tokenizer, model, "math")
-    problems = load_problems("math", "train", folder=str(FILES))[:4]
+    problems = load_problems("math", "train", data=str(FILES))[:4]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(60):
         rows = []

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from data import load_problems
 from rewards import final_answer, math_reward, same_answer
+from tasks import load_problems
 
 FILES = Path(__file__).parent / "math"
 MATH = Path(os.environ.get("MATH_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -266,7 +266,7 @@ def test_threads_do_not_disturb_each_other():
 
 @with_math
 def test_the_problems_of_math_are_all_there_and_in_one_split():
-    train, test = (load_problems("math", split, folder=str(MATH)) for split in ("train", "test"))
+    train, test = (load_problems("math", split, data=str(MATH)) for split in ("train", "test"))
     assert (len(train), len(test)) == (11_998, 500)  # two golds of the 12,000 are empty boxes
     assert not {p.id for p in train} & {p.id for p in test}
     assert {p.level for p in test} == set("12345") and len({p.subject for p in test}) == 7

@@ -11,9 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import cache
 import sample
 from cache import AnyCache, Gemma2Cache, cache_for
-from data import read_chat
 from sample import Sampling, rollout
 from sft import builtin_tokenizer
+from tasks import read_chat
 
 
 @pytest.fixture

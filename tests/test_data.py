@@ -11,9 +11,11 @@ from conftest import make_model
 from gemma import FILES, gemma_model, gemma_tokenizer
 
 import data
-from data import InputError, Problem, add_columns, last_box, load_problems, math_problems, read_chat
+import tasks
+from data import InputError, Problem, add_columns, last_box, math_problems
 from sample import Attempt, Sampling, askable, segments
 from sft import builtin_tokenizer
+from tasks import load_problems, read_chat
 
 # Gemma 2's own layout: no system role, contents trimmed, one BOS, <end_of_turn> closes a turn.
 GEMMA_LIKE = (
@@ -226,14 +228,14 @@ def write(folder, **files):
 def test_golds_that_are_empty_boxes_are_skipped_with_a_count(tmp_path, rows, capsys):
     empty = {"problem": "Which?", "solution": r"None: \boxed{}.", "answer": ""}
     folder = write(tmp_path / "math", train=[empty, *rows["train"]], math500=rows["test"])
-    assert len(load_problems("math", "train", folder=folder)) == 24
+    assert len(load_problems("math", "train", data=folder)) == 24
     assert "skipped 1 train problems without an answer" in capsys.readouterr().err
 
 
 def test_an_answer_is_the_solutions_last_box_where_none_is_given(rows):
     golds = {row["problem"]: last_box(row["solution"]) for row in rows["train"]}
     assert sum("answer" not in row for row in rows["train"]) == 4
-    for problem in load_problems("math", "train", folder=str(FILES)):
+    for problem in load_problems("math", "train", data=str(FILES)):
         assert problem.answer == golds[problem.question]
 
 
@@ -241,7 +243,7 @@ def test_a_problem_in_both_splits_is_named_whatever_its_spaces(tmp_path, rows):
     twin = {**rows["test"][0], "problem": "  " + rows["test"][0]["problem"].replace(" ", "\n ")}
     folder = write(tmp_path / "math", train=[*rows["train"], twin], test=rows["test"])
     with pytest.raises(InputError, match="1 problems are in training and in test"):
-        load_problems("math", "train", folder=folder)
+        load_problems("math", "train", data=folder)
 
 
 def test_the_prompts_are_the_papers_word_for_word():
@@ -252,12 +254,12 @@ def test_the_prompts_are_the_papers_word_for_word():
     assert (
         "You are a math expert. When you respond, respond only with the Solution of the final "
         f"Problem, thinking step by step. {form}"
-    ) == data.MATH_PROMPT
+    ) == tasks.MATH_PROMPT
     assert (
         "There might be an error in the solution above because of lack of understanding of the "
         "question. Please correct the error, if any, and rewrite the solution. "
         f"Only output the final solution! {form}"
-    ) == data.MATH_CORRECTION
+    ) == tasks.MATH_CORRECTION
 
 
 def test_gemma_gets_its_own_layout_with_one_bos_no_system_role_and_end_of_turn():
@@ -268,11 +270,11 @@ def test_gemma_gets_its_own_layout_with_one_bos_no_system_role_and_end_of_turn()
     x1 = chat.x1(problem)
     assert x1.count(2) == 1 and x1[0] == 2 and 2 not in chat.p1
     assert tokenizer.decode(x1) == (
-        f"<bos><start_of_turn>user\n{data.MATH_PROMPT}\n\nProblem: What is {{1}} + 1?"
+        f"<bos><start_of_turn>user\n{tasks.MATH_PROMPT}\n\nProblem: What is {{1}} + 1?"
         "<end_of_turn>\n<start_of_turn>model\n"
     )
     assert tokenizer.decode(chat.p1) == (
-        f"\n<start_of_turn>user\n{data.MATH_CORRECTION}<end_of_turn>\n<start_of_turn>model\n"
+        f"\n<start_of_turn>user\n{tasks.MATH_CORRECTION}<end_of_turn>\n<start_of_turn>model\n"
     )
     ended = Attempt([300, 301, 1], [0.0] * 3, "", True, 0.0)  # by <eos>, the other end token
     cut = Attempt([300, 301], [0.0] * 2, "", False, 0.0)
@@ -286,8 +288,8 @@ def test_a_base_model_gets_a_plain_layout():
     tokenizer.chat_template = None
     chat = read_chat(tokenizer, gemma_model(tokenizer), "math")
     x1 = chat.x1(Problem("What is 1 + 1?", "2", "math", "p"))
-    text = f"<bos>{data.MATH_PROMPT}\n\nProblem: What is 1 + 1?\n\nSolution:"
+    text = f"<bos>{tasks.MATH_PROMPT}\n\nProblem: What is 1 + 1?\n\nSolution:"
     assert x1 == tokenizer(text, add_special_tokens=False).input_ids
-    again = f"\n\n{data.MATH_CORRECTION}\n\nSolution:"
+    again = f"\n\n{tasks.MATH_CORRECTION}\n\nSolution:"
     assert chat.p1 == tokenizer(again, add_special_tokens=False).input_ids
     assert chat.close_id == 1

@@ -17,10 +17,10 @@ from test_runs import assert_equal, interrupt_at, run_score, signals, tree  # no
 import eval as evaluation
 import models
 import score
-from data import load_problems, read_chat
 from models import adam, load_checkpoint
 from sample import Sampling, collate, rollout, transcript
 from score import Learner, configure
+from tasks import load_problems, read_chat
 
 FAST = ["--task", "math", "--data", FILES, "--batch", "16", "--k", "4", "--max-new-tokens", "40"]
 FAST += ["--steps1", "2", "--steps2", "2", "--problems", "6", "--rows", "8", "--lr", "1e-3"]
@@ -89,7 +89,7 @@ def test_evaluation_tells_levels_and_subjects_and_writes_every_transcript(finish
     assert evaluation.main([*map(str, flags), "--max-new-tokens", "40"]) == 0
     printed = capsys.readouterr().out
     record = json.loads((finished / "stage1" / "eval" / "metrics.json").read_text())
-    problems = load_problems("math", "test", folder=str(FILES))
+    problems = load_problems("math", "test", data=str(FILES))
     assert len(problems) == 14
     for group in ("level 1", "level 5", "Algebra", "Counting & Probability"):
         count = sum(group in (f"level {p.level}", p.subject) for p in problems)

@@ -9,12 +9,12 @@ from torch.distributed.run import get_args_parser
 
 import eval as evaluation
 import score
-from data import TASKS
 from experiments import memory
 from runs import check_settings, parse_flags
 from sample import Attempt, Episode
 from score import Config
 from sft import builtin_model, builtin_tokenizer
+from tasks import TASKS
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)

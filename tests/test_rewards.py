@@ -3,9 +3,14 @@
 import pytest
 
 from data import Problem
-from rewards import final_answer, reward, stated_answer
+from rewards import final_answer
+from tasks import TASKS, stated_answer
 
 PROBLEM = Problem("4+7 9+0 3+6 =", "1 1 9 9", "sums", "p")
+
+
+def reward(attempt: str, problem: Problem) -> float:
+    return TASKS[problem.task].rewards([attempt], [problem])[0]
 
 
 @pytest.mark.parametrize(

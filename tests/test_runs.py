@@ -260,7 +260,7 @@ def test_the_control_starts_from_the_base_with_init(checkpoint, tmp_path):
         (["--out", "a file/run"], "a file"),
         (["--out", "torn"], "holds something else than a run"),
         (["--out", "notes"], "holds something else than a run"),
-        (["--data", "notes"], "--data notes is for --task math"),
+        (["--data", "notes"], "--data notes is for --task math or code"),
         (["--k", "two"], "--k"),
         (["--temperature", "1e-40"], "--temperature 1e-40"),
         (["--seed", str(2**63)], "--seed"),

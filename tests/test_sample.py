@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import make_model
 
-from data import read_chat
 from sample import Sampling, draw, micro_batches, rollout, segments
 from sft import builtin_tokenizer
+from tasks import read_chat
 
 
 def greedy_without_cache(model, chat, x1, attempts, max_new_tokens):

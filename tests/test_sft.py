@@ -7,8 +7,9 @@ import torch
 from conftest import make_model
 
 import sft
-from data import COLUMNS, Problem, add_columns, load_problems, read_chat
+from data import COLUMNS, Problem, add_columns
 from sft import add_shortsightedly, builtin_tokenizer, draw, fit_builtin
+from tasks import load_problems, read_chat
 
 
 @pytest.fixture

@@ -1,0 +1,321 @@
+"""How it is asked: the prompts of each task, and the token ids that frame an attempt.
+
+SCoRe asks twice. Everything is joined as tokens, never by decoding and tokenising again:
+
+    x1 = [bos, question, template ...]      the first prompt, from the model's own chat template
+    y1 = [...] + end token                  attempt 1, sampled
+    p1 = [template, instruction, ...]       asks for another attempt: "There might be an error ..."
+    x2 = x1 + y1 + p1                       the second prompt
+    y2 = [...] + end token                  attempt 2, sampled
+
+All that a task is stands in one entry of TASKS: its problems, its words, its reward, and what it
+sets in score.py and eval.py. The prompts are the paper's (appendix C). Next to read: cache.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from data import InputError, Problem, code_problems, math_problems, sums_problems
+from rewards import (
+    code_rewards,
+    final_answer,
+    math_reward,
+    program_of,
+    same_answer,
+    same_program,
+    sums_answer,
+    sums_reward,
+)
+
+# --- 1. Tasks ------------------------------------------------------------------------------------
+
+MATH_FORM = (
+    "At the end of the Solution, when you give your final answer, write it in the form "
+    '"Final Answer: The final answer is $answer$. I hope it is correct."'
+)
+MATH_PROMPT = (
+    "You are a math expert. When you respond, respond only with the Solution of the final Problem, "
+    f"thinking step by step. {MATH_FORM}"
+)
+MATH_CORRECTION = (
+    "There might be an error in the solution above because of lack of understanding of the "
+    "question. Please correct the error, if any, and rewrite the solution. Only output the final "
+    f"solution! {MATH_FORM}"
+)
+CODE_TASK = "You are an expert Python programmer, and here is your task:"
+CODE_CORRECTION = (
+    "# There might be an error in the code above because of lack of understanding of the question. "
+    "Please correct the error, if any, and rewrite the solution. Only output the final correct "
+    "Python program!"
+)
+MBPP_SHOTS = f"""\
+{CODE_TASK} Write a function to find the similar elements from the given two tuple lists. \
+Your code should pass these tests:
+
+assert similar_elements((3, 4, 5, 6),(5, 7, 4, 10)) == (4, 5)
+assert similar_elements((1, 2, 3, 4),(5, 4, 3, 7)) == (3, 4)
+assert similar_elements((11, 12, 14, 13),(17, 15, 14, 13)) == (13, 14)
+
+[BEGIN]
+
+def similar_elements(test_tup1, test_tup2):
+    res = tuple(set(test_tup1) & set(test_tup2))
+    return (res)
+
+[DONE]
+
+{CODE_TASK} Write a python function to identify non-prime numbers. \
+Your code should pass these tests:
+
+assert is_not_prime(2) == False
+assert is_not_prime(10) == True
+assert is_not_prime(35) == True
+
+[BEGIN]
+
+import math
+def is_not_prime(n):
+    result = False
+    for i in range(2, int(math.sqrt(n)) + 1):
+        if n % i == 0:
+            result = True
+    return result
+
+[DONE]
+
+{CODE_TASK} Write a function to find the largest integers from a given list of numbers using heap \
+queue algorithm. Your code should pass these tests:
+
+assert heap_queue_largest([25, 35, 22, 85, 14, 65, 75, 22, 58], 3) == [85, 75, 65]
+assert heap_queue_largest([25, 35, 22, 85, 14, 65, 75, 22, 58], 2) == [85, 75]
+assert heap_queue_largest([25, 35, 22, 85, 14, 65, 75, 22, 58], 5) == [85, 75, 65, 58, 35]
+
+[BEGIN]
+
+import heapq as hq
+def heap_queue_largest(nums, n):
+    largest_nums = hq.nlargest(n, nums)
+    return largest_nums
+
+[DONE]
+
+"""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task. Flags that it sets are those of eval.py and, with `training`, of score.py.
+
+    load(split, count, data, ids): the first `count` problems of a split, always in the same order.
+    first(problem): the first prompt; again: the second. rewards(attempts, problems): 1.0 or 0.0
+    each. states(attempt): what it answers, None if that cannot be found; same(answer, answer).
+    """
+
+    load: Callable[[str, int | None, str, str], tuple[Problem, ...]]
+    first: Callable[[Problem], str]
+    again: str
+    rewards: Callable[[list[str], list[Problem]], list[float]]
+    states: Callable[[str], str | None]
+    same: Callable[[str, str], bool]
+    problems: int  # held out
+    max_new_tokens: int  # of one attempt
+    precision: str  # of the weights
+    rows: int  # attempted side by side
+    training: dict = field(default_factory=dict)
+    splits: tuple[str, ...] = ("test",)  # held out
+    takes: tuple[str, ...] = ()  # flags that only some tasks have: data, ids
+    cue: str = ""  # what a base model, without a chat template, continues
+
+
+def each(reward: Callable[[str, Problem], float]):
+    """The rewards of many attempts, one by one."""
+    return lambda attempts, problems: list(map(reward, attempts, problems))
+
+
+def first_code(problem: Problem) -> str:
+    """MBPP after the canonical three shots; HumanEval zero-shot, in words that are NOT STATED."""
+    if problem.given:
+        ask = "Complete this function. Write out all of it, and nothing else."
+        return f"{CODE_TASK} {ask}\n\n{problem.question}"
+    return f"{MBPP_SHOTS}{CODE_TASK} {problem.question}\n\n[BEGIN]"
+
+
+TASKS = {
+    "sums": Task(
+        load=lambda split, count, *_: sums_problems(split, 20_000 if count is None else count),
+        first=lambda problem: problem.question,
+        again="again =",
+        rewards=each(lambda attempt, problem: sums_reward(attempt, problem.answer)),
+        states=sums_answer,
+        same=str.__eq__,
+        problems=2000,
+        max_new_tokens=10,  # a sum needs 9
+        precision="float32",
+        rows=500,
+    ),
+    "math": Task(
+        load=lambda split, count, data, _: math_problems(data)[split][:count],
+        # NOT STATED: where the question stands, and whether as a system or a user message.
+        first=lambda problem: f"{MATH_PROMPT}\n\nProblem: {problem.question}",
+        again=MATH_CORRECTION,
+        rewards=each(lambda attempt, p: math_reward(attempt, p.answer, p.question)),
+        states=final_answer,
+        same=same_answer,
+        problems=500,
+        max_new_tokens=1024,  # NOT STATED
+        precision="bfloat16",
+        rows=64,
+        training={  # steps1, steps2 (their sum), batch, lr: Table 8; the others NOT STATED
+            "model": "google/gemma-2-2b-it",
+            "out": "runs/math",
+            "steps1": 1500,
+            "steps2": 1500,
+            "batch": 512,
+            "k": 4,
+            "lr": 5e-6,
+            "micro_tokens": 8192,
+            "recompute": 1,
+        },
+        takes=("data",),
+        cue="\n\nSolution:",
+    ),
+    "code": Task(
+        load=lambda split, count, data, ids: code_problems(data, ids)[split][:count],
+        first=first_code,
+        again=CODE_CORRECTION,
+        rewards=code_rewards,
+        states=program_of,
+        same=same_program,
+        problems=500,  # HumanEval has 164
+        max_new_tokens=512,  # NOT STATED
+        precision="bfloat16",
+        rows=64,
+        training={  # steps1, steps2 (their sum), batch, lr, beta2: Table 8; the others NOT STATED
+            "model": "google/gemma-2-2b-it",
+            "out": "runs/code",
+            "steps1": 750,
+            "steps2": 750,
+            "batch": 128,
+            "k": 4,
+            "lr": 1e-5,
+            "beta2": 0.25,
+            "micro_tokens": 8192,
+            "recompute": 1,
+            "ids": "511-974",
+        },
+        splits=("test", "mbpp"),
+        takes=("data", "ids"),
+        cue="\n\n",
+    ),
+}
+
+
+def load_problems(
+    task: str, split: str, count: int | None = None, data: str = "", ids: str = ""
+) -> tuple[Problem, ...]:
+    """Problems of a task's "train" split or of one that is held out, always in the same order.
+
+    data: folder of the task's files, "" for the hub; ids: of MBPP's problems to train on. Raises
+    InputError where there is nothing to read.
+    """
+    check_task(task, data=data, ids=ids)
+    ids = ids or TASKS[task].training.get("ids", "")
+    return TASKS[task].load(split, count, data, ids)
+
+
+def check_task(task: str, **flags: str) -> None:
+    """Raise InputError for a task that there is not, or one that does not take one of the flags."""
+    if task not in TASKS:
+        raise InputError(f"--task {task} is unknown: choose {' or '.join(TASKS)}")
+    for flag, value in flags.items():
+        if value and flag not in TASKS[task].takes:
+            takers = " or ".join(name for name in TASKS if flag in TASKS[name].takes)
+            raise InputError(
+                f"--{flag} {value} is for --task {takers}: add that, or leave out --{flag}"
+            )
+
+
+def settings_of(task: str) -> dict:
+    """The flags of score.py that a task sets, {} for an unknown one."""
+    if task not in TASKS:
+        return {}
+    shared = ("problems", "max_new_tokens", "precision", "rows")
+    return {**{name: getattr(TASKS[task], name) for name in shared}, **TASKS[task].training}
+
+
+def stated_answer(attempt: str, task: str) -> str | None:
+    """The answer an attempt states, or None if it states none that can be found."""
+    return TASKS[task].states(attempt)
+
+
+def agree(one: str, two: str, task: str) -> bool:
+    """Do two attempts state the same answer?"""
+    answers = stated_answer(one, task), stated_answer(two, task)
+    return None not in answers and (answers[0] == answers[1] or TASKS[task].same(*answers))
+
+
+# --- 2. Prompts as token ids -----------------------------------------------------------------
+
+# For base models, which have no chat template. NOT STATED: any layout.
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message.content }}"
+    "{% if message.role == 'user' %}{{ 'CUE' }}"
+    "{% else %}{{ eos_token + '\n\n' }}{% endif %}{% endfor %}"
+)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A tokenizer and the ids that frame an attempt of its model.
+
+    p1: what stands between an attempt's end token and the next attempt. end_ids: every token that
+    ends an attempt (Gemma: 1 and 107). close_id: the one that the chat template itself writes; it
+    closes an attempt that was cut off.
+    """
+
+    tokenizer: object
+    p1: list[int]
+    end_ids: tuple[int, ...]
+    close_id: int
+
+    def x1(self, problem: Problem) -> list[int]:
+        """The first prompt's token ids; the template writes the one BOS."""
+        question = TASKS[problem.task].first(problem)
+        text = _render(self.tokenizer, [{"role": "user", "content": question}])
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def text(self, tokens: list[int]) -> str:
+        """An attempt as text, without its end token; stray special tokens stay visible."""
+        ended = bool(tokens) and tokens[-1] in self.end_ids
+        return self.tokenizer.decode(tokens[:-1] if ended else tokens).strip()
+
+
+def _render(tokenizer, messages: list[dict]) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def read_chat(tokenizer, model, task: str) -> Chat:
+    """The Chat of a model: p1 and the end tokens, read from template and configs together.
+
+    A tokenizer without a chat template gets the plain one. Raises InputError if there is no token
+    that could end an attempt.
+    """
+    plain = PLAIN_TEMPLATE.replace("CUE", TASKS[task].cue)
+    tokenizer.chat_template = tokenizer.chat_template or plain
+    marker = "ATTEMPT"
+    messages = [
+        {"role": "user", "content": "QUESTION"},
+        {"role": "assistant", "content": marker},
+        {"role": "user", "content": TASKS[task].again},
+    ]
+    after = _render(tokenizer, messages).partition(marker)[2]
+    ids = tokenizer(after, add_special_tokens=False).input_ids
+    listed = [tokenizer.eos_token_id, model.config.eos_token_id]
+    listed.append(model.generation_config.eos_token_id if model.can_generate() else None)
+    end_ids = {i for one in listed for i in (one if isinstance(one, list) else [one])} - {None}
+    if not ids or ids[0] not in end_ids | set(tokenizer.all_special_ids):
+        raise InputError(
+            f"{tokenizer.name_or_path} has no end token: its chat template must close an answer "
+            "with one, or its tokenizer name an eos_token"
+        )
+    return Chat(tokenizer, ids[1:], tuple(sorted(end_ids | {ids[0]})), ids[0])
