@@ -23,12 +23,22 @@ PARTS = {  # type: what one of it is made from
     datetime.date: lambda d: (d.year, d.month, d.day),
     datetime.timedelta: lambda d: (d.days, d.seconds, d.microseconds),
 }
-MAKE = {kind.__name__: kind for kind in PARTS} | {"list": list, "tuple": tuple, "iterator": iter}
+MAKE = {kind.__name__: kind for kind in PARTS} | {
+    "list": list,
+    "tuple": tuple,
+    "iterator": iter,
+    "keys": lambda items: dict.fromkeys(items).keys(),
+    "items": lambda items: dict(items).items(),
+    "values": list,
+}
 COLLECTIONS = {
     "list": list,
     "tuple": tuple,
     "frozenset": frozenset,
-    "set": collections.abc.Set,  # a dict's keys too
+    "keys": collections.abc.KeysView,
+    "items": collections.abc.ItemsView,
+    "values": collections.abc.ValuesView,
+    "set": collections.abc.Set,
     "iterator": collections.abc.Iterator,  # all that is left of it
 }
 

@@ -1,0 +1,209 @@
+"""The judge's process: a program on one side of a socket, its tests on the other (see sandbox.py).
+
+    judge      runs tests, and asks the candidate for what their functions return
+    zygote     forked from the judge before it has seen a test; forks and ends candidates
+    candidate  runs one program and answers, confined
+
+Next to read: sandbox.py, which starts this file as a script.
+"""
+
+import ast
+import builtins
+import functools
+import gc
+import importlib
+import os
+import signal
+import socket
+import sys
+import types
+import warnings
+
+from confine import confine, die_with_parent, limit, read_only, seccomp_filter
+from wire import pack, receive, send, unpack
+
+MEMORY, OPEN_FILES = 2**29, 32  # bytes, and file numbers, of a candidate and of a judge
+LONGEST_REPLY = 2**22  # bytes
+# Loaded in the zygote, to spare every program the time.
+PRELOADED = (
+    "abc array base64 bisect calendar cmath copy dataclasses difflib enum hashlib heapq inspect io "
+    "itertools math numbers operator pprint random re secrets statistics string textwrap time "
+    "traceback typing unicodedata"
+)
+
+# --- 1. Candidate and zygote -------------------------------------------------------------------
+
+VERBS = {"call": lambda f, args, kwargs: f(*args, **kwargs), "get": getattr, "set": setattr}
+
+
+def candidate(channel: socket.socket, instructions: bytes | None, reading: bool) -> None:
+    """Run a program and do what is asked of it, until the zygote ends this process."""
+    module, objects = types.ModuleType("program"), []
+    sys.modules["program"] = module
+
+    def held(name):
+        if isinstance(name, int):
+            return objects[name]
+        return vars(module)[name] if name in vars(module) else getattr(builtins, name)
+
+    def hold(value) -> int:
+        objects.append(value)
+        return len(objects) - 1
+
+    def answer(verb: str, name: str | int, *values):
+        if verb == "run":
+            return exec(compile(name, "program", "exec"), vars(module))
+        return VERBS[verb](held(name), *(unpack(value, held) for value in values))
+
+    missing = "" if reading else "Landlock"
+    send(channel, missing if confine(instructions) else "seccomp")
+    while True:
+        request = receive(channel)
+        try:
+            reply = [True, pack(answer(*request), hold)]
+        except BaseException as error:  # SystemExit, for one
+            kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"]
+            reply = [False, kinds[0]]
+        send(channel, reply)
+
+
+def zygote(control: socket.socket) -> None:
+    """Fork a candidate for each socket that the judge sends, and end it when the judge says so."""
+    die_with_parent()
+    for name in PRELOADED.split():
+        importlib.import_module(name)
+    reading = read_only([folder for folder in sys.path if os.path.isdir(folder)])
+    instructions = seccomp_filter(reading)
+    gc.collect()
+    gc.freeze()  # else a collection in a candidate copies what it shares with this process
+    while sockets := socket.recv_fds(control, 1, 1)[1]:
+        child = os.fork()
+        if child == 0:
+            die_with_parent()
+            os.dup2(sockets[0], 3)
+            os.closerange(4, OPEN_FILES)
+            candidate(socket.socket(fileno=3), instructions, reading)
+        os.close(sockets[0])
+        control.recv(1)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        control.send(b".")
+
+
+# --- 2. Judge ----------------------------------------------------------------------------------
+
+
+class Remote:
+    """A function or object of the program: what a test does to it happens in the candidate."""
+
+    def __init__(self, ask, name: str | int):
+        vars(self).update(_ask=ask, _name=name)
+
+    def __call__(self, *args, **kwargs):
+        return self._ask("call", self._name, args, kwargs)
+
+    def __getattr__(self, name: str):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self._ask("get", self._name, name)
+
+    def __setattr__(self, name: str, value):
+        self._ask("set", self._name, name, value)
+
+
+def taken_names(tests: ast.Module) -> tuple[set[str], set[str]]:
+    """Names that tests take from the program, and from the standard library.
+
+    The tests alone decide that, so that no program can replace the abs of "abs(f(1.33)) < 1e-6". A
+    builtin is the program's if no other name is, as in "sum(10, 15) == 25".
+    """
+    nodes = list(ast.walk(tests))
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    defined = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
+    defined |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.alias):
+            defined.add(getattr(node, "asname", None) or node.name)
+    free = {node.id for node in names} - defined
+    owners = {getattr(node.value, "id", "") for node in nodes if isinstance(node, ast.Attribute)}
+    modules = free & owners & sys.stdlib_module_names
+    return free - modules - set(dir(builtins)) or free - modules, modules
+
+
+def passes(candidate: socket.socket, program: str, tests: ast.Module) -> None:
+    """Run a program in the candidate and the tests here; raises whatever goes wrong."""
+
+    def name_of(value) -> str | int:  # what a test has beyond data is the program's or a builtin
+        return vars(value)["_name"] if isinstance(value, Remote) else value.__name__
+
+    def ask(verb: str, name: str | int, *values):
+        send(candidate, [verb, name, *(pack(value, name_of) for value in values)])
+        done, data = receive(candidate, LONGEST_REPLY)
+        if done is not True:  # the program raised: a test may expect that
+            kind = vars(builtins).get(data)
+            known = isinstance(kind, type) and issubclass(kind, Exception)
+            raise kind() if known else RuntimeError("the program failed")
+        return unpack(data, functools.partial(Remote, ask))
+
+    ask("run", program)
+    taken, modules = taken_names(tests)
+    space = {name: Remote(ask, name) for name in taken}
+    space |= {name: importlib.import_module(name) for name in modules}
+    exec(compile(tests, "tests", "exec"), space)
+    ask("run", "")  # it is still there: no test took its end for an exception
+
+
+def verdict(control: socket.socket, program: str, tests: list[str], timeout: float):
+    """[did it pass?, what this system lacks to confine it] of one program."""
+    tree = ast.parse("\n".join(tests))
+    ours, theirs = socket.socketpair()
+    socket.send_fds(control, [b"f"], [theirs.fileno()])
+    theirs.close()
+    missing, passed = receive(ours), False
+    try:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, timeout, 1.0)  # again, if a test swallows it
+            passes(ours, program, tree)
+            passed = True
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except BaseException:  # also the alarm, where it comes just before it is switched off
+        passed = False
+    ours.close()
+    control.send(b"k")
+    if not control.recv(1):
+        raise EOFError("the zygote is gone")
+    return [passed, missing]
+
+
+def judge() -> None:
+    """The main of a judge's process: serves the trainer, at stdin, until that is gone."""
+    channel, nowhere = socket.socket(fileno=os.dup(0)), os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 0)
+    limit(MEMORY, OPEN_FILES)
+    ours, theirs = socket.socketpair()
+    if os.fork() == 0:
+        os.dup2(nowhere, 2)
+        for file in (channel, ours):
+            file.close()
+        try:
+            zygote(theirs)
+        finally:
+            os._exit(1)
+    theirs.close()
+    signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError))
+    warnings.simplefilter("ignore")  # of the tests' own escapes
+    while True:
+        try:
+            request = receive(channel)
+        except EOFError:
+            return
+        try:
+            send(channel, verdict(ours, *request))
+        except SyntaxError as error:
+            send(channel, [None, str(error)])
+
+
+if __name__ == "__main__":
+    del sys.path[0]  # this folder is not for programs
+    judge()
