@@ -12,6 +12,7 @@ import builtins
 import functools
 import gc
 import importlib
+import operator
 import os
 import signal
 import socket
@@ -33,7 +34,15 @@ PRELOADED = (
 
 # --- 1. Candidate and zygote -------------------------------------------------------------------
 
-VERBS = {"call": lambda f, args, kwargs: f(*args, **kwargs), "get": getattr, "set": setattr}
+VERBS = {  # what a test can do to an object of the program
+    "call": lambda function, args, kwargs: function(*args, **kwargs),
+    "getattr": getattr,
+    "setattr": setattr,
+    "getitem": operator.getitem,
+    "iter": iter,
+    "len": len,
+    "bool": bool,
+}
 
 
 def candidate(channel: socket.socket, instructions: bytes | None, reading: bool) -> None:
@@ -105,10 +114,12 @@ class Remote:
     def __getattr__(self, name: str):
         if name.startswith("_"):
             raise AttributeError(name)
-        return self._ask("get", self._name, name)
+        return self._ask("getattr", self._name, name)
 
-    def __setattr__(self, name: str, value):
-        self._ask("set", self._name, name, value)
+
+for verb in ("setattr", "getitem", "iter", "len", "bool"):  # not eq, not contains: they would tell
+    method = functools.partialmethod(lambda self, verb, *a: self._ask(verb, self._name, *a), verb)
+    setattr(Remote, f"__{verb}__", method)
 
 
 def taken_names(tests: ast.Module) -> tuple[set[str], set[str]]:

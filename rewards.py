@@ -116,15 +116,9 @@ DEFINES = re.compile(
     r"^[ \t]*(?:(?:async[ \t]+)?def \w+ *\(|class \w+ *[:(]|\w+ *= *lambda\b)", re.M
 )
 TESTING = re.compile(r"def (?:check\(|test)|class Test")
-COMPLETIONS = (
-    "{}",
-    "{} 0",
-    "try: 0\n{} 0",
-    "if 0: 0\n{} 0",
-    "{}\n)",
-    "{}\n): 0",
-    "{}\n]",
-    "{}\n}}",
+COMPLETIONS = (  # of a line that begins a statement of several
+    ("{}", "{}\n 0", "try: 0\n{}\n 0", "if 0: 0\n{}\n 0")
+    + ("{}\n)", "{}\n): 0", "{}\n]", "{}\n}}", '{}"""', "{}'''")
 )
 
 

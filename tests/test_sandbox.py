@@ -1,0 +1,531 @@
+"""The sandbox: right programs pass, wrong ones do not, and hostile ones do neither that nor harm.
+
+Every hostile test attacks one property; `check` also runs a right program afterwards.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+import confine
+import judge
+import sandbox
+import wire
+
+SQUARE = "def f(x):\n    return x * x\n"
+SQUARES = ["assert f(3) == 9", "assert f(5) == 25"]
+SECONDS = 1.0  # of hostile programs that wait
+ROOT = Path(sandbox.__file__).parent
+
+
+def check(program: str, tests: list[str] | str = SQUARES, timeout: float = SECONDS) -> bool:
+    """The verdict on a program; whatever it did, a right one passes after it."""
+    tests = [tests] if isinstance(tests, str) else tests
+    passed = sandbox.run(textwrap.dedent(program), tests, timeout)
+    assert sandbox.run(SQUARE, SQUARES)
+    return passed
+
+
+def children(pid: int) -> set[int]:
+    """All processes below a process."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == pid and fields[0] != "Z":
+                found |= {int(path.parent.name)} | children(int(path.parent.name))
+    return found
+
+
+def own_judges() -> int:
+    return sandbox.IDLE.qsize()
+
+
+# --- Right and wrong ---------------------------------------------------------------------------
+
+
+def test_a_right_program_passes_and_a_wrong_one_fails():
+    assert check(SQUARE)
+    assert not check("def f(x):\n    return x + x\n")
+    assert not check("def g(x):\n    return x * x\n")
+    assert not check("def f(x:\n")
+    assert not check("")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "None", "True", "0", "-7", "2**64", "-(2**3000)", "0.1", "float('inf')", "1e-300", "2+3j",
+        "''", "'a\\u00e9\\U0001f600'", "'\\ud800'", "b'\\x00\\xff'", "[1, [2, (3,)]]", "(1, 'a')",
+        "()", "{1, 2}", "frozenset({(1, 2)})", "{'a': {2: (3.5, None)}, (1, 2): []}",
+        "range(1, 9, 2)",
+        "__import__('fractions').Fraction(1, 3)", "__import__('decimal').Decimal('0.10')",
+        "__import__('collections').deque([1, 2])", "__import__('datetime').date(2024, 2, 29)",
+        "__import__('datetime').datetime(2024, 2, 29, 23, 59, 58, 7)", "{'a': 1}.keys()",
+        "{'a': [1]}.items()",
+    ],
+)  # fmt: skip
+def test_a_value_comes_back_as_it_was(value):
+    assert check(f"def f(): return {value}", f"assert f() == {value}")
+    assert check("def f(x): return x", f"assert f({value}) == {value}")
+    assert check("def f(x): return x", f"assert type(f({value})) is type({value})")
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected"),
+    [("[1]", "(1,)"), ("(1,)", "[1]"), ("'5'", "5"), ("5", "'5'"), ("{1}", "[1]"), ("None", "0")]
+    + [("0.1 + 0.2", "0.3"), ("[[1]]", "[1]"), ("b'a'", "'a'"), ("float('nan')", "float('nan')")],
+)
+def test_what_python_calls_unequal_is_unequal(returned, expected):
+    assert not check(f"def f(): return {returned}", f"assert f() == {expected}")
+
+
+def test_subclasses_and_iterators_are_compared_as_the_data_they_are():
+    program = """
+        from collections import Counter, OrderedDict, defaultdict, namedtuple
+        from enum import IntEnum
+        class Colour(IntEnum):
+            RED = 1
+        Point = namedtuple("Point", "x y")
+        def f():
+            dicts = [Counter("aab"), OrderedDict(a=1), defaultdict(int, b=2)]
+            return [*dicts, Point(1, 2), Colour.RED]
+        def g(): yield from (1, 2)
+    """
+    assert check(program, "assert f() == [{'a': 2, 'b': 1}, {'a': 1}, {'b': 2}, (1, 2), 1]")
+    assert check(program, "assert list(g()) == [1, 2]")
+
+
+def test_packing_is_undone_and_makes_plain_data_only():
+    value = {"a": [(1, 2.5), {3}, frozenset({b"x"})], Fraction(1, 2): 2**70}
+    assert wire.unpack(json.loads(json.dumps(wire.pack(value, None))), None) == value
+    for data in (["os.system", ["true"]], ["eval", "1"], ["Fraction", ["1"], 2], ["list"]):
+        with pytest.raises((KeyError, ValueError, TypeError)):
+            wire.unpack(data, None)
+
+
+def test_tests_use_objects_of_the_program_as_their_setup_does():
+    program = """
+        class Node:
+            def __init__(self, value): self.value, self.left = value, None
+            def depth(self): return 1 + (self.left.depth() if self.left else 0)
+            def __len__(self): return 7
+            def __iter__(self): return iter("ab")
+        def height(node): return node.depth()
+    """
+    setup = "root = Node(1)\nroot.left = Node(2)\nroot.left.left = Node(3)"
+    assert check(program, [setup, "assert height(root) == 3", "assert root.left.value == 2"])
+    assert check(program, [setup, "assert len(root) == 7", "assert list(root) == ['a', 'b']"])
+    assert not check(program, [setup, "assert height(root.left) == 3"])
+
+
+def test_a_test_can_expect_an_exception_by_its_name():
+    tests = "try:\n    f(-1)\n    assert False, 'no error'\nexcept ValueError:\n    pass"
+    assert check("def f(x):\n    raise ValueError(x)", tests)
+    assert not check("def f(x):\n    raise TypeError(x)", tests)
+    assert not check("def f(x):\n    return x", tests)
+
+
+def test_humanevals_check_with_loops_and_helpers_runs_as_it_stands():
+    tests = [
+        "def helper(x):\n    return x + 1\n",
+        "def check(candidate):\n    import math\n    for n in range(30):\n"
+        "        assert math.isclose(candidate(helper(n)), (n + 1) ** 2), 'wrong'\n",
+        "check(f)",
+    ]
+    assert check(SQUARE, tests)
+    assert not check("def f(x):\n    return 0 if x == 29 else x * x", tests)
+
+
+def test_state_lasts_from_call_to_call_but_not_from_program_to_program():
+    counter = "n = 0\ndef f():\n    global n\n    n += 1\n    return n"
+    for _ in range(2):
+        assert check(counter, ["assert f() == 1", "assert f() == 2"])
+
+
+def test_tests_that_are_no_python_are_an_error_and_never_a_verdict():
+    with pytest.raises(SyntaxError, match="the tests are no Python"):
+        sandbox.run(SQUARE, ["assert f(3 == 9"])
+
+
+def test_many_verdicts_come_in_the_order_of_the_programs():
+    programs = [f"def f(x):\n    return x * {n}" for n in range(8)] * 8
+    expected = [n == 3 for n in range(8)] * 8
+    assert sandbox.run_many([(p, ["assert f(3) == 9"]) for p in programs]) == expected
+    assert sandbox.run_many([]) == []
+
+
+# --- Cheating ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", ["object", "int", "str", "list", "float"])
+def test_an_object_that_equals_everything_equals_nothing(base):
+    assert not check(f"""
+        class Liar({base}):
+            def __eq__(self, other): return True
+            def __ne__(self, other): return False
+            __hash__ = None
+            def __bool__(self): return True
+        def f(x): return Liar()
+    """)
+
+
+@pytest.mark.parametrize("place", ["", "def f(x): "])
+@pytest.mark.parametrize("end", ["raise SystemExit(0)", "import os; os._exit(0)", "exit()"])
+def test_no_exit_status_is_a_pass(place, end):
+    assert not check(place + end)
+
+
+@pytest.mark.parametrize("error", ["Exception", "BaseException", ""])
+@pytest.mark.parametrize(
+    "end", ["import os; os._exit(0)", "import os; os.close(3)", "while 1: pass"]
+)
+def test_no_test_takes_the_end_of_a_program_for_an_exception(end, error):
+    tests = f"try:\n    f(1)\nexcept {error}:\n    pass"
+    assert not check(f"def f(x):\n    {end}", tests)
+
+
+def test_walking_frames_and_objects_finds_no_expected_value():
+    hunt = textwrap.dedent("""
+        import gc, sys
+        def f(x):
+            frame, seen = sys._getframe(), []
+            while frame:
+                seen += [repr(frame.f_locals), repr(frame.f_code.co_consts)]
+                frame = frame.f_back
+            seen += [repr(thing) for thing in gc.get_objects() if type(thing) in (tuple, dict)]
+            return int("9182" + str(x)) if any("9182" + str(x) in text for text in seen) else None
+    """)
+    space, expected = {}, int("9182736")
+    exec(hunt, space)
+    assert space["f"](736) == expected  # where the value is in a frame, it finds it
+    assert not check(hunt, [f"assert f(736) == {expected}"], timeout=10)
+
+
+def test_patched_builtins_do_not_reach_the_judge():
+    assert not check("""
+        import builtins, json, operator
+        builtins.abs = builtins.isinstance = json.dumps = lambda *_, **__: True
+        class Yes(type):
+            def __instancecheck__(self, other): return True
+        builtins.AssertionError = Yes("Yes", (Exception,), {})
+        def f(x): return 0
+    """)
+
+
+@pytest.mark.parametrize(
+    ("program", "tests"),
+    [
+        ("def f(x): return 7\ndef abs(x): return 0", "assert abs(f(1.33) - 0.33) < 1e-6"),
+        ("def f(x): return 7\nclass set:\n def __new__(c, x): return 1", "assert set(f(1)) == {1}"),
+        ("def f(x): return 7\nclass math: isclose = max", "assert math.isclose(f(1), 0.5)"),
+        ("def f(x): return 7\nclass sys: getsizeof = f", "assert f(()) == sys.getsizeof(())"),
+    ],
+)
+def test_no_program_replaces_what_a_test_takes_from_python(program, tests):
+    assert not check(program, tests)
+
+
+def test_a_function_may_be_named_like_a_builtin():
+    assert check("def sum(a, b): return a + b", "assert sum(10, 15) == 25")
+    assert not check("def total(a, b): return a + b", "assert sum(10, 15) == 25")
+
+
+def test_a_builtin_can_be_an_argument():
+    assert check("def f(x, kind): return isinstance(x, kind)", "assert f(3, int) == True")
+
+
+@pytest.mark.parametrize("where", ["", "def f(x):\n    "])
+def test_forged_replies_pass_nothing(where):
+    forge = (
+        "import os; [os.write(3, len(m).to_bytes(8, 'big') + m) for m in "
+        "(b'[true, null]', b'[true, true]', b'[true, 9]', b'true') * 5]"
+    )
+    assert not check(where + forge, ["assert f(3) == 8", "assert f(5) == 24"])
+
+
+def test_a_swallowed_alarm_does_not_stop_the_clock():
+    began = time.monotonic()
+    assert not check("""
+        import signal
+        def f(x):
+            while True:
+                try:
+                    signal.signal(signal.SIGALRM, signal.SIG_IGN)
+                    while True: pass
+                except BaseException: pass
+    """)
+    assert time.monotonic() - began < SECONDS + 2
+
+
+@pytest.mark.parametrize("value", ["iter(int, 1)", "'a' * 2**23", "[0] * 2**22", "deep(5000)"])
+def test_what_is_too_much_to_send_fails_at_once_or_in_time(value):
+    deep = "def deep(n):\n    x = []\n    for _ in range(n): x = [x]\n    return x\n"
+    assert not check(f"{deep}def f(x): return {value}")
+
+
+# --- Harm --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        "os.fork()",
+        "[os.fork() for _ in range(50)]",
+        "threading.Thread(target=print).start()",
+        "subprocess.run(['true'])",
+        "os.execv('/bin/true', ['true'])",
+        "os.posix_spawn('/bin/true', ['true'], {})",
+        "os.kill(os.getppid(), 0)",
+        "os.kill(VICTIM, 19)",
+        "os.killpg(0, 0)",
+        "signal.pidfd_send_signal(os.pidfd_open(VICTIM), 19)",
+        "fcntl.fcntl(3, fcntl.F_SETOWN, VICTIM)",
+        "fcntl.ioctl(3, 0x8901, struct.pack('i', VICTIM))",
+        "resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
+        "resource.prlimit(VICTIM, resource.RLIMIT_CPU, (1, 1))",
+        "os.setpriority(os.PRIO_PROCESS, VICTIM, 19)",
+        "ctypes.CDLL(None).ptrace(16, VICTIM, 0, 0) == 0 or 1 / 0",
+        "socket.socket()",
+        "socket.socketpair()",
+        "os.pipe()",
+        "os.memfd_create('x')",
+        "open(PLACE, 'w')",
+        "open('/dev/shm/score-test', 'w')",
+        "os.open(os.path.dirname(PLACE), os.O_TMPFILE | os.O_RDWR)",
+        "os.mkdir(PLACE)",
+        "os.symlink('/', PLACE)",
+        "os.unlink(FILE)",
+        "os.rename(FILE, PLACE)",
+        "os.truncate(FILE, 0)",
+        "os.chmod(FILE, 0)",
+        "os.utime(FILE, (0, 0))",
+        "open(FILE).read()",
+        "os.listdir(os.path.dirname(FILE))",
+        "open('/proc/self/environ').read()",
+        "open('/etc/passwd').read()",
+        "open('/proc/1/mem', 'rb')",
+    ],
+)
+def test_a_program_cannot(action, tmp_path):
+    file, place = tmp_path / "file", tmp_path / "place"
+    file.write_text("kept")
+    victim = subprocess.Popen(["sleep", "60"])
+    before = file.stat()
+    program = f"""
+        import ctypes, fcntl, os, resource, signal, socket, struct, subprocess, threading
+        FILE, PLACE, VICTIM = {str(file)!r}, {str(place)!r}, {victim.pid}
+        def f():
+            {action}
+            return "done"
+    """
+    try:
+        assert not check(program, "assert f() == 'done'")
+        state = Path(f"/proc/{victim.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        assert state == "S"
+    finally:
+        victim.kill()
+        victim.wait()
+    assert not place.exists() and not Path("/dev/shm/score-test").exists()
+    after = file.stat()
+    assert file.read_text() == "kept"
+    assert (after.st_mode, after.st_mtime) == (before.st_mode, before.st_mtime)
+
+
+def test_what_a_program_cannot_do_does_not_end_it():
+    assert check("""
+        try:
+            open("/tmp/score-test", "w")
+        except OSError:
+            pass
+        def f(x): return x * x
+    """)
+
+
+def test_memory_is_limited():
+    assert not check("def f(x): return len(bytearray(2**30))", "assert f(1) == 2**30", timeout=5)
+    assert check("def f(x): return len(bytearray(2**27))", "assert f(1) == 2**27", timeout=5)
+
+
+def test_output_goes_nowhere(capfd):
+    assert check("""
+        import os, sys
+        print("noise" * 10**6)
+        os.write(1, b"noise"); os.write(2, b"noise"); sys.stderr.write("noise")
+        def f(x): return x * x
+    """)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_no_connection_reaches_a_listener():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        port = server.getsockname()[1]
+        assert not check(
+            f"import socket\ndef f(): socket.create_connection(('127.0.0.1', {port})); return 1",
+            "assert f() == 1",
+        )
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+def test_no_program_poisons_the_next_one():
+    poison = """
+        import builtins, json, math, random, re, sys, types
+        builtins.len = lambda x: 99
+        math.sqrt = json.dumps = re.match = random.random = sys.exit = None
+        sys.modules["string"] = types.ModuleType("string")
+        sys.setrecursionlimit(50)
+        def f(x): return x * x
+    """
+    clean = "import math, string\ndef f(x): return [len(x), math.sqrt(4.0), string.digits[:2]]"
+    for _ in range(sandbox.WORKERS):
+        sandbox.run(textwrap.dedent(poison), SQUARES)
+        assert sandbox.run(clean, ["assert f('abc') == [3, 2.0, '01']"])
+
+
+def test_secrets_of_the_environment_stay_here(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    sandbox.close()
+    assert check("import os\ndef f(): return 'HF_TOKEN' in os.environ", "assert f() is False")
+
+
+# --- The machinery -----------------------------------------------------------------------------
+
+
+def test_nothing_is_left_of_a_thousand_programs():
+    programs = [SQUARE, "import os\nos._exit(1)", "def f(x): return [x] * 999"] * 20
+    jobs = [(program, SQUARES) for program in programs]
+    sandbox.run_many(jobs)
+    files, processes = len(os.listdir("/proc/self/fd")), children(os.getpid())
+    for _ in range(16):
+        assert sum(sandbox.run_many(jobs)) == 20
+    assert len(os.listdir("/proc/self/fd")) == files
+    assert children(os.getpid()) == processes
+    sandbox.close()
+    assert not children(os.getpid()) & processes
+
+
+def test_endless_loops_hold_up_only_their_own_workers():
+    loops = ["def f(x):\n    while True: pass"] * 12
+    began = time.monotonic()
+    verdicts = sandbox.run_many([(p, SQUARES) for p in [*loops, *[SQUARE] * 100]], timeout=1.5)
+    assert verdicts == [False] * 12 + [True] * 100
+    assert time.monotonic() - began < 6  # one after the other they take 18 seconds
+
+
+def test_a_dead_judge_is_replaced_and_its_program_judged_again():
+    assert sandbox.run(SQUARE, SQUARES)
+    judge_now = sandbox.IDLE.get()
+    sandbox.IDLE.put(judge_now)
+    os.kill(judge_now.process.pid, signal.SIGKILL)
+    assert sandbox.run_many([(SQUARE, SQUARES)] * 3) == [True] * 3
+
+
+def test_a_judge_that_hangs_over_what_it_was_given_is_replaced(monkeypatch):
+    monkeypatch.setattr(sandbox, "GRACE", 0.5)
+    collide = "def f(x): return [i * (2**61 - 1) for i in range(60000)]"
+    began = time.monotonic()
+    assert not check(collide, "assert len(set(f(1))) == 0")
+    assert time.monotonic() - began < 5
+
+
+TRAINER = """
+import sys
+sys.path.insert(0, {root!r})
+import sandbox
+sandbox.run("def f(x): return x", ["assert f(1) == 1"])
+print("ready", flush=True)
+sandbox.run_many([("def f(x): return max(iter(int, 1))", ["f(1)"])] * 4, 2.0)
+"""
+
+
+def test_when_the_trainer_is_killed_all_of_the_sandbox_ends():
+    code = TRAINER.format(root=str(ROOT))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.7)
+    below = children(process.pid)
+    assert len(below) >= 12  # judge, zygote and candidate of each
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 6
+    while (alive := {p for p in below if Path(f"/proc/{p}").exists()}) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not alive
+
+
+def test_a_sandbox_that_errs_is_an_exception_and_never_a_verdict(monkeypatch):
+    sandbox.close()
+    broken = [(sandbox.GOOD, "assert f('a') == 1", True), *sandbox.CHECKS[1:]]
+    monkeypatch.setattr(sandbox, "CHECKS", broken)
+    with pytest.raises(sandbox.SandboxError, match="does not work here"):
+        sandbox.run(SQUARE, SQUARES)
+
+
+def test_a_judge_that_cannot_start_is_an_exception(monkeypatch):
+    sandbox.close()
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(sandbox.SandboxError, match="does not work here"):
+        sandbox.run(SQUARE, SQUARES)
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"), [("seccomp", "files, network"), ("Landlock", "import")]
+)
+def test_a_system_that_cannot_confine_says_so_once_and_still_judges(missing, words, tmp_path):
+    for name in ("sandbox", "judge", "confine", "wire"):
+        text = (ROOT / f"{name}.py").read_text()
+        text = text.replace(
+            *{"seccomp": ("1, 22, 38", "1, 99, 38"), "Landlock": ("444,", "9444,")}[missing]
+        )
+        (tmp_path / f"{name}.py").write_text(text)
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import sandbox
+print(sandbox.run_many([({SQUARE!r}, {SQUARES!r}), ("def f(x): return 1", {SQUARES!r})] * 8))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{[True, False] * 8}\n"
+    assert done.stderr.count("sandbox: this system has no " + missing) == 1 and words in done.stderr
+
+
+def test_the_numbers_of_the_system_calls_are_those_of_the_headers():
+    headers = {
+        0: Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
+        1: Path("/usr/include/asm-generic/unistd.h"),
+    }
+    for column, header in headers.items():
+        if not header.exists():
+            pytest.skip(f"{header} is not here")
+        words = [line.split() for line in header.read_text().splitlines()]
+        known = {w[1]: w[2] for w in words if len(w) == 3 and w[0] == "#define"}
+        for name, numbers in {**confine.ALLOWED, "openat": confine.OPENAT}.items():
+            if numbers[column] is not None:
+                names = (f"__NR_{name}", f"__NR3264_{name.replace('newfstatat', 'fstatat')}")
+                assert str(numbers[column]) in [known.get(each) for each in names], name
+
+
+def test_names_that_tests_take_are_decided_by_the_tests_alone():
+    def taken(source):
+        return judge.taken_names(judge.ast.parse(source))
+
+    assert taken("assert f(g(1)) == abs(2)") == ({"f", "g"}, set())
+    assert taken("assert math.isclose(f(1), 2)") == ({"f"}, {"math"})
+    assert taken("def check(candidate):\n    x = 1\n    assert candidate(x)\ncheck(f)") == (
+        {"f"},
+        set(),
+    )
+    assert taken("from random import choice\nassert f(choice([1]))") == ({"f"}, set())
+    assert taken("assert sum(1, 2) == 3") == ({"sum"}, set())
