@@ -12,9 +12,17 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFas
 
 from models import save_checkpoint
 from sft import negative_log_likelihood
-from tasks import MATH_CORRECTION, MATH_PROMPT, load_problems, read_chat
+from tasks import (
+    CODE_CORRECTION,
+    MATH_CORRECTION,
+    MATH_PROMPT,
+    MBPP_SHOTS,
+    load_problems,
+    read_chat,
+)
 
 FILES = Path(__file__).parent / "math"
+CODE = Path(__file__).parent / "code"
 TURNS = ["<start_of_turn>", "<end_of_turn>"]  # 106 and 107
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<unused{i}>" for i in range(102)), *TURNS]
 # No system role, contents trimmed, one BOS, "model" for the assistant, <end_of_turn> closes a turn.
@@ -27,10 +35,14 @@ TEMPLATE = (
 )
 
 
-def gemma_tokenizer() -> PreTrainedTokenizerFast:
+def gemma_tokenizer(task: str = "math") -> PreTrainedTokenizerFast:
     """Byte-fallback BPE like Gemma's, spaces as ▁, trained on the prompts and our own problems."""
-    rows = [json.loads(line) for file in FILES.glob("t*.jsonl") for line in file.open()]
-    texts = [row[key] for row in rows for key in ("problem", "solution")]
+    if task == "math":
+        rows = [json.loads(line) for file in FILES.glob("t*.jsonl") for line in file.open()]
+        texts = [row[key] for row in rows for key in ("problem", "solution")]
+    else:
+        problems = [p for s in ("mbpp", "test") for p in load_problems("code", s, data=str(CODE))]
+        texts = [MBPP_SHOTS, CODE_CORRECTION, *(p.question + p.answer for p in problems)]
     core = Tokenizer(tokenizer_models.BPE(unk_token="<unk>"))
     core.normalizer = normalizers.Replace(" ", "▁")
     core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
@@ -58,7 +70,7 @@ def gemma_model(tokenizer, seed: int = 0) -> Gemma2ForCausalLM:
         num_key_value_heads=2,
         head_dim=16,
         query_pre_attn_scalar=16,
-        max_position_embeddings=1024,
+        max_position_embeddings=2048,
         sliding_window=64,
         bos_token_id=2,
         eos_token_id=1,
@@ -70,20 +82,26 @@ def gemma_model(tokenizer, seed: int = 0) -> Gemma2ForCausalLM:
     return model
 
 
-def fitted_checkpoint(folder: Path) -> Path:
+FORMS = {
+    "math": "Final Answer: The final answer is ${}$. I hope it is correct.",
+    "code": "{}\n\n[DONE]",
+}
+
+
+def fitted_checkpoint(folder: Path, task: str = "math") -> Path:
     """A checkpoint that states some answer in the paper's form, so that rewards are alive."""
-    tokenizer = gemma_tokenizer()
+    tokenizer = gemma_tokenizer(task)
     model, rng = gemma_model(tokenizer), random.Random(0)
-    chat = read_chat(tokenizer, model, "math")
-    problems = load_problems("math", "train", data=str(FILES))[:4]
+    chat = read_chat(tokenizer, model, task)
+    files, count, steps = (FILES, 4, 60) if task == "math" else (CODE, 3, 100)
+    problems = load_problems(task, "train", count, str(files))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(60):
+    for _ in range(steps):
         rows = []
         for problem in problems:
             row = [(token, False) for token in chat.x1(problem)]
             for number in range(2):
-                answer = rng.choice(problems).answer
-                text = f"Final Answer: The final answer is ${answer}$. I hope it is correct."
+                text = FORMS[task].format(rng.choice(problems).answer)
                 y = [*tokenizer(text, add_special_tokens=False).input_ids, chat.close_id]
                 row += [(token, False) for token in chat.p1 * number]
                 row += [(token, True) for token in y]

@@ -1,0 +1,318 @@
+"""Programs from end to end on a small Gemma 2: data, prompts, reward, training, repair."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pytest
+from gemma import CODE, fitted_checkpoint, gemma_model, gemma_tokenizer
+from test_data import write, write_rows
+from test_runs import run_score, tree
+
+import data
+import eval as evaluation
+import score
+from data import InputError, Problem, code_problems, numbers_of
+from repair import base_of, begin_wrong, read_attempts
+from sft import builtin_tokenizer
+from tasks import TASKS, load_problems, read_chat
+
+FAST = ["--task", "code", "--data", CODE, "--batch", "16", "--k", "4", "--max-new-tokens", "60"]
+FAST += ["--steps1", "1", "--steps2", "1", "--problems", "6", "--rows", "8", "--lr", "1e-3"]
+ALL = [
+    (split, p)
+    for split in ("train", "mbpp", "test")
+    for p in load_problems("code", split, data=str(CODE))
+]
+REAL = Path(data.__file__).parent.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def coder(tmp_path_factory):
+    return fitted_checkpoint(tmp_path_factory.mktemp("models") / "coder", "code")
+
+
+@pytest.fixture(scope="module")
+def trained(coder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "code"
+    assert run_score("--model", coder, "--out", out, *FAST) == 0
+    return out
+
+
+def rows_of(name: str) -> list[dict]:
+    return [json.loads(line) for line in (CODE / f"{name}.jsonl").read_text().splitlines()]
+
+
+def rewards(programs: list[str], problems: list[Problem]) -> list[float]:
+    return TASKS["code"].rewards(programs, problems)
+
+
+def run_eval(*flags) -> int:
+    return evaluation.main(list(map(str, flags)))
+
+
+# --- Data --------------------------------------------------------------------------------------
+
+
+def test_training_has_the_ids_asked_for_and_no_others():
+    splits = {split: [p.id for s, p in ALL if s == split] for split in ("train", "mbpp", "test")}
+    assert splits["train"] == [f"MBPP/{i}" for i in (511, 512, 513, 514, 515, 601, 602)]
+    assert splits["mbpp"] == [f"MBPP/{i}" for i in range(11, 17)]
+    assert splits["test"] == [f"HumanEval/{i}" for i in range(5)]
+    few = load_problems("code", "train", data=str(CODE), ids="601,511-512")
+    assert [p.id for p in few] == ["MBPP/511", "MBPP/512", "MBPP/601"]
+    assert numbers_of("511-974") == list(range(511, 975))
+
+
+@pytest.mark.parametrize("ids", ["a", "5-", "2-9", "1,4", "9000-9001", "12-11", ",", "-3"])
+def test_ids_that_cannot_be_are_one_sentence(ids):
+    with pytest.raises(InputError, match="--ids"):
+        load_problems("code", "train", data=str(CODE), ids=ids)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Local folders laid out like the two data sets of the hub."""
+    splits = {"prompt": range(1, 11), "test": range(11, 511), "validation": range(511, 601)}
+    splits["train"] = range(601, 975)
+    for split, ids in splits.items():
+        rows = [row for row in rows_of("mbpp") if row["task_id"] in ids]
+        write_rows(tmp_path / "mbpp" / "full" / f"{split}.jsonl", rows)
+    files = [{"split": split, "path": f"full/{split}.jsonl"} for split in splits]
+    card = json.dumps([{"config_name": "full", "data_files": files}])
+    (tmp_path / "mbpp" / "README.md").write_text(f"---\nconfigs: {card}\n---\n")
+    write_rows(tmp_path / "humaneval" / "test.jsonl", rows_of("humaneval"))
+    monkeypatch.setattr(data, "HUB_MBPP", str(tmp_path / "mbpp"))
+    monkeypatch.setattr(data, "HUB_HUMANEVAL", str(tmp_path / "humaneval"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    code_problems.cache_clear()
+    yield
+    code_problems.cache_clear()
+
+
+def test_the_hub_and_the_files_give_the_same_problems(hub):
+    assert code_problems("", "511-974") == code_problems(str(CODE), "511-974")
+
+
+def test_without_network_and_files_one_sentence_says_both_ways_out(monkeypatch):
+    def load_dataset(*_, **__):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(InputError, match=r"--task code.*no route.*network.*--data"):
+        code_problems("", "511-974")
+
+
+@pytest.mark.parametrize(
+    ("mbpp", "humaneval", "words"),
+    [
+        ([{"text": "Add."}], None, "is not as MBPP and HumanEval are"),
+        (None, [{"prompt": "def f(): pass", "task_id": "x"}], "is not as MBPP and HumanEval are"),
+        ([], None, "has no problem of --ids"),
+        (None, [], "has no problem of --ids"),
+        ([{"text": 3}], None, "mbpp.jsonl.gz, line 1, is no JSON object with a text"),
+    ],
+)
+def test_files_that_are_not_mbpp_or_humaneval_are_named(mbpp, humaneval, words, tmp_path):
+    rows = {"mbpp": rows_of("mbpp") if mbpp is None else mbpp}
+    rows["humaneval"] = rows_of("humaneval") if humaneval is None else humaneval
+    with pytest.raises(InputError, match=words):
+        load_problems("code", "train", data=write(tmp_path / "files", **rows))
+
+
+def test_a_folder_without_one_of_the_files_is_named(tmp_path):
+    with pytest.raises(InputError, match="with humaneval in its name, but has 0"):
+        load_problems("code", "test", data=write(tmp_path / "files", mbpp=rows_of("mbpp")))
+
+
+# --- Prompts -----------------------------------------------------------------------------------
+
+
+def test_mbpp_is_asked_after_the_three_shots_of_the_paper_and_shows_its_tests():
+    prompt = TASKS["code"].first(dict(ALL_BY_ID)["MBPP/511"])
+    parts = prompt.split("You are an expert Python programmer, and here is your task: ")
+    assert len(parts) == 5 and parts[0] == ""
+    assert [part.partition(" Your code should pass these tests:\n\n")[0] for part in parts[1:]] == [
+        "Write a function to find the similar elements from the given two tuple lists.",
+        "Write a python function to identify non-prime numbers.",
+        "Write a function to find the largest integers from a given list of numbers using heap "
+        "queue algorithm.",
+        "Write a function to square a number.",
+    ]
+    assert parts[2].endswith(
+        "assert is_not_prime(2) == False\nassert is_not_prime(10) == True\n"
+        "assert is_not_prime(35) == True\n\n[BEGIN]\n\nimport math\ndef is_not_prime(n):\n"
+        "    result = False\n    for i in range(2, int(math.sqrt(n)) + 1):\n"
+        "        if n % i == 0:\n            result = True\n    return result\n\n[DONE]\n\n"
+    )
+    assert parts[4].endswith(
+        "assert square(3) == 9\nassert square(-2) == 4\nassert square(0) == 0\n\n[BEGIN]"
+    )
+
+
+ALL_BY_ID = {problem.id: problem for _, problem in ALL}
+
+
+def test_humaneval_is_asked_zero_shot_and_shows_no_test():
+    for split, problem in ALL:
+        prompt = TASKS["code"].first(problem)
+        assert ("assert" in prompt) == ("[BEGIN]" in prompt) == (split != "test")
+        assert problem.question in prompt
+        assert problem.answer.strip() not in prompt
+
+
+def test_the_correction_is_the_papers_word_for_word_and_joined_as_tokens():
+    assert TASKS["code"].again == (
+        "# There might be an error in the code above because of lack of understanding of the "
+        "question. Please correct the error, if any, and rewrite the solution. Only output the "
+        "final correct Python program!"
+    )
+    tokenizer = gemma_tokenizer("code")
+    chat = read_chat(tokenizer, gemma_model(tokenizer), "code")
+    assert tokenizer.decode(chat.p1) == (
+        f"\n<start_of_turn>user\n{TASKS['code'].again}<end_of_turn>\n<start_of_turn>model\n"
+    )
+
+
+# --- Reward ------------------------------------------------------------------------------------
+
+
+def test_every_reference_program_passes_in_every_form_and_no_other_one_does():
+    problems = [problem for _, problem in ALL]
+    for form in ("{}", "[BEGIN]\n{}\n[DONE]", "Here:\n\n```python\n{}\n```\nIt works."):
+        assert rewards([form.format(p.answer) for p in problems], problems) == [1.0] * len(ALL)
+    others = [p.answer for p in problems[1:] + problems[:1]]
+    assert rewards(others, problems) == [0.0] * len(ALL)
+    assert rewards(["I do not know."] * len(ALL), problems) == [0.0] * len(ALL)
+
+
+def test_a_helper_of_humanevals_tests_cannot_be_replaced():
+    root = ALL_BY_ID["HumanEval/3"]
+    cheat = "def line(c, x):\n    return 0.0\n\n\ndef root_of(c):\n    return 7.0"
+    assert rewards([cheat, root.answer], [root, root]) == [0.0, 1.0]
+    shift = ALL_BY_ID["HumanEval/2"]
+    cheat = "def shift(s):\n    return s\n\n\ndef unshift(s):\n    return s"
+    assert rewards([cheat, shift.answer], [shift, shift]) == [0.0, 1.0]
+
+
+def test_imports_of_humanevals_prompt_need_not_be_written_again():
+    half = ALL_BY_ID["HumanEval/1"]
+    program = "def half(xs: List[float]) -> List[float]:\n    return [x / 2 for x in xs]"
+    assert rewards([program], [half]) == [1.0]
+
+
+# --- Training, evaluation, repair --------------------------------------------------------------
+
+
+def test_the_settings_of_code_are_table_8():
+    cfg = score.configure({"task": "code"})
+    assert (cfg.lr, cfg.batch, cfg.alpha, cfg.beta1, cfg.beta2) == (1e-5, 128, 10, 0.01, 0.25)
+    assert cfg.steps1 + cfg.steps2 == 1500 and cfg.temperature == 1 and cfg.ids == "511-974"
+
+
+def test_training_has_live_rewards_and_shows_programs(trained):
+    lines = tree(trained)["lines"]
+    assert [line["stage"] for line in lines] == [1, 2]
+    assert lines[0]["kl_t1"] == 0 and any(line["acc_t1"] + line["acc_t2"] > 0 for line in lines)
+    assert "def " in (trained / "samples.txt").read_text()
+
+
+def test_evaluation_is_on_humaneval_and_with_a_split_on_mbpp(trained, capsys):
+    asked = ["--model", trained / "stage2", "--task", "code", "--data", CODE]
+    for split, flags, count in (("test", [], 5), ("mbpp", ["--split", "mbpp"], 6)):
+        assert run_eval(*asked, "--max-new-tokens", "40", *flags) == 0
+        assert "acc_t1" in capsys.readouterr().out
+        folder = trained / "stage2" / ("eval" if split == "test" else "eval-mbpp")
+        rows = [json.loads(line) for line in (folder / "transcripts.jsonl").open()]
+        assert [row["id"] for row in rows] == [p.id for s, p in ALL if s == split]
+        assert len(rows) == count
+
+
+def test_repair_begins_with_the_wrong_programs_of_a_file(trained, tmp_path, capsys):
+    file = tmp_path / "wrong.jsonl"
+    right = ALL_BY_ID["MBPP/12"].answer
+    write_rows(
+        file,
+        [
+            {"task_id": 11, "program": "def doubled(xs):\n    return xs"},
+            {"task_id": "MBPP/11", "program": "def doubled(xs):\n    return xs * 2"},
+            {"task_id": 12, "program": right},
+        ],
+    )
+    asked = ["--model", trained / "stage2", "--task", "code", "--data", CODE, "--split", "mbpp"]
+    assert run_eval(*asked, "--max-new-tokens", "20", "--repair", file) == 0
+    folder = trained / "stage2" / "eval-mbpp-repair"
+    rows = [json.loads(line) for line in (folder / "transcripts.jsonl").open()]
+    assert [row["id"] for row in rows] == ["MBPP/11", "MBPP/11"]  # the right one needs no repair
+    assert [row["attempts"][0]["text"] for row in rows] == [
+        "def doubled(xs):\n    return xs",
+        "def doubled(xs):\n    return xs * 2",
+    ]
+    metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
+    assert metrics["acc_t1"] == 0 and metrics["delta"] == metrics["acc_t2"]
+
+
+def test_repair_without_a_file_begins_with_the_bases_own_wrong_programs(trained, coder, tmp_path):
+    assert base_of(str(trained / "stage2")) == str(coder)
+    asked = ["--model", trained / "stage2", "--task", "code", "--data", CODE, "--split", "mbpp"]
+    asked += ["--max-new-tokens", "40"]
+    assert run_eval(*asked, "--out", tmp_path / "repair", "--repair") == 0
+    base = [*asked[:1], coder, *asked[2:], "--attempts", "1", "--out", tmp_path / "base"]
+    assert run_eval(*base) == 0
+    first = [json.loads(line) for line in (tmp_path / "base" / "transcripts.jsonl").open()]
+    wrong = {
+        row["id"]: row["attempts"][0]["text"] for row in first if not row["attempts"][0]["reward"]
+    }
+    rows = [json.loads(line) for line in (tmp_path / "repair" / "transcripts.jsonl").open()]
+    assert {row["id"]: row["attempts"][0]["text"] for row in rows} == wrong
+
+
+def test_a_given_first_attempt_is_continued_as_tokens():
+    tokenizer = builtin_tokenizer()
+    chat = read_chat(tokenizer, __import__("sft").builtin_model(tokenizer, 0), "sums")
+    problem = load_problems("sums", "test", 1)[0]
+    wrong = "1 1 1"
+    (episode,) = begin_wrong([problem, problem], [wrong, problem.answer], chat)
+    assert episode.attempts[0].tokens == [
+        *tokenizer.convert_tokens_to_ids(wrong.split()),
+        chat.close_id,
+    ]
+    with pytest.raises(InputError, match="no wrong attempt"):
+        begin_wrong([problem], [problem.answer], chat)
+
+
+@pytest.mark.parametrize(
+    "row", [{"task_id": 9999, "program": "x"}, {"task_id": 11}, {"program": "x"}]
+)
+def test_a_row_that_names_no_problem_or_program_is_named(row, tmp_path):
+    write_rows(tmp_path / "wrong.jsonl", [{"task_id": 11, "program": "x"}, row])
+    with pytest.raises(InputError, match="row 2: give the id"):
+        read_attempts(tmp_path / "wrong.jsonl", list(ALL_BY_ID.values()))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--split", "train"], "--split train"),
+        (["--repair", "missing.jsonl"], "missing.jsonl"),
+        (["--repair", "--attempts", "1"], "--repair needs --attempts 2"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(flags, words, coder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_eval("--model", coder, "--task", "code", "--data", CODE, *flags) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("eval.py: ") and words in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not REAL.exists(), reason=f"{REAL} is not here: MBPP's references are not run")
+def test_all_references_of_mbpp_and_humaneval_pass():
+    problems = [
+        p for s in ("train", "mbpp", "test") for p in load_problems("code", s, data=str(REAL))
+    ]
+    assert len(problems) == 464 + 500 + 164
+    found = rewards([p.answer for p in problems], problems)
+    assert [p.id for p, right in zip(problems, found, strict=True) if not right] == []
