@@ -1,7 +1,7 @@
 """How fast is it? Things are timed side by side in one run: medians, and the spread of the ratio.
 
 python experiments/bench.py                   all parts, 15 minutes on two cores
-python experiments/bench.py rollout --k 1     some: rollout, step, log_probs, growth, checker
+python experiments/bench.py rollout --k 1     some: rollout, step, log_probs, growth, checker ...
 
 CPU seconds of one thread, since other programs may share the cores; on a GPU seconds. Models have
 random weights, prompts are random tokens, and attempts end where they are told to, so that everyone
@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,9 +35,11 @@ sys.path.insert(0, str(ROOT))
 import models  # noqa: E402
 import ranks  # noqa: E402
 import sample  # noqa: E402
+import sandbox  # noqa: E402
 import score  # noqa: E402
 from data import Problem  # noqa: E402
 from rewards import math_reward  # noqa: E402
+from tasks import load_problems  # noqa: E402
 
 REPEATS, TOKENS = 5, 24  # of an attempt
 MICRO_TOKENS = 32 * 74  # 32 transcripts of two attempts: more is slower on a CPU
@@ -241,7 +243,7 @@ def bench_step() -> None:
     Like for like, TRL makes a step of 256 after prompts of 20 tokens, as first attempts have them,
     and one of 256 after prompts of 50, as second ones have. "first only" is easier: all after 20.
     """
-    sample.reward = lambda text, problem: float(random.random() < 0.5)
+    toss_coins()
     force([[TOKENS] * 2] * 256)
     settings = {"batch": 256, "k": 8, "max_new_tokens": TOKENS}
     timers = {
@@ -319,10 +321,16 @@ def bench_log_probs() -> None:
         print("  peak above the weights: " + ", ".join(f"{x:.1f} GB" for x in memory.values()))
 
 
+def toss_coins() -> None:
+    """Let rewards be random: what attempts of random models say is worth nothing."""
+    coins = lambda attempts, _: [float(random.random() < 0.5) for _ in attempts]  # noqa: E731
+    sample.TASKS["sums"] = replace(sample.TASKS["sums"], rewards=coins)
+
+
 def grown(batch: int, tokens: int) -> tuple[float, float, float]:
     """Seconds of sampling and of learning, and GB above the weights, of a step."""
     torch.set_num_threads(1)
-    sample.reward = lambda text, problem: float(random.random() < 0.5)
+    toss_coins()
     force([[tokens] * 2] * batch)
     learner = make_learner("float32", batch=batch, k=8, max_new_tokens=tokens)
     asked = [Problem("", "", "sums", str(i // 8)) for i in range(batch)]
@@ -343,6 +351,35 @@ def bench_growth() -> None:
         )
 
 
+def bench_programs() -> None:
+    """Programs a second on one core beside a large trainer, and a batch with endless loops."""
+    problems = load_problems("code", "mbpp", data=str(ROOT / "tests" / "code"))
+    jobs = [(problem.answer, list(problem.tests)) for problem in problems] * 200
+    trainer = torch.zeros(2**28)  # a GB that no judge shall copy
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})  # of judges that start now, too
+    sandbox.run_many(jobs[: 4 * sandbox.WORKERS])
+    seconds = wall(lambda: sandbox.run_many(jobs))
+    each = statistics.median(wall(lambda job=job: sandbox.run(*job)) for job in jobs[:400])
+    os.sched_setaffinity(0, cores)
+    sandbox.close()
+    loop = "def f(x):\n    while True: pass"
+    mixed = [(loop, ["assert f(1) == 1"])] * 25 + jobs[:487]
+    sandbox.run_many(mixed[25:89])
+    looping = wall(lambda: sandbox.run_many(mixed))
+    print(
+        f"\nprograms: {len(jobs) / seconds:.0f} a second on one core beside "
+        f"{trainer.nbytes / 2**30:.0f} GB, one alone {1e3 * each:.1f} ms; 512 with 25 endless "
+        f"loops on {len(cores)} cores: {looping:.1f} s"
+    )
+
+
+def wall(work) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
 def bench_checker() -> None:
     """Answers of MATH a second."""
     file = ROOT / "tests" / "math" / "pairs.jsonl"
@@ -357,7 +394,7 @@ def bench_checker() -> None:
 
 def main() -> None:
     """Print what was asked for."""
-    parts = ("rollout", "step", "log_probs", "growth", "checker")
+    parts = ("rollout", "step", "log_probs", "growth", "checker", "programs")
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("parts", nargs="*", choices=[*parts, []], help="default: all")
     parser.add_argument("--k", type=int, default=8, help="samples a prompt, in rollout")
@@ -368,6 +405,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {where}")
     jobs = {"rollout": partial(bench_rollout, args.k), "step": bench_step}
     jobs |= {"log_probs": bench_log_probs, "growth": bench_growth, "checker": bench_checker}
+    jobs["programs"] = bench_programs
     for part in args.parts or parts:
         jobs[part]()
 
