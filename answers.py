@@ -8,7 +8,7 @@ r"""What does an answer say? It is read into a structure of values, and two of t
 An answer is a value, word, list, tuple, set of real numbers, matrix, number in a base, ratio,
 equation or inequality. `read` finds the structure by what stands outermost, `same` compares two.
 What cannot be read raises `Unreadable`.
-Next to read: rewards.py.
+Next to read: wire.py.
 """
 
 import math

@@ -3,7 +3,7 @@
 `rollout` samples attempt 1, asks again, samples attempt 2 ... or decodes greedily. Finished rows
 leave the batch, and an attempt is continued from what cache.py holds of those before it. Every draw
 has its own random number, fixed by (seed, problem, sample, attempt, token), so that what a row
-becomes does not depend on the rest of the batch. Next to read: eval.py.
+becomes does not depend on the rest of the batch. Next to read: repair.py.
 """
 
 import hashlib
