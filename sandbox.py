@@ -37,7 +37,8 @@ from pathlib import Path
 
 from wire import receive, send
 
-WORKERS = max(16, os.cpu_count() or 1)  # more than cores: an endless loop blocks one until its end
+# Of each process that torchrun starts; more than cores, since an endless loop blocks one to its end.
+WORKERS = max(16, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 GRACE = 5.0  # seconds that a judge may take longer than its program
 
 
@@ -140,7 +141,7 @@ def judged(program: str, tests: list[str], timeout: float) -> bool:
 
 
 def run(program: str, tests: list[str], timeout: float = 3.0) -> bool:
-    """Does a program pass all its tests within `timeout` seconds?
+    """Does a program pass all its tests within `timeout` seconds of wall-clock time?
 
     tests: sources that are run one after the other in one namespace, such as MBPP's asserts, or
     HumanEval's check function and a call of it. Raises SandboxError where no verdict can be had,
