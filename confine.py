@@ -25,8 +25,8 @@ ALLOWED = {
     "lstat": (6, None), "lseek": (8, 62), "mmap": (9, 222), "mprotect": (10, 226),
     "munmap": (11, 215), "brk": (12, 214), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139),
     "pread64": (17, 67), "access": (21, None), "sched_yield": (24, 124), "mremap": (25, 216),
-    "madvise": (28, 233), "nanosleep": (35, 101), "getpid": (39, 172), "sendto": (44, 206),
-    "recvfrom": (45, 207), "exit": (60, 93), "uname": (63, 160), "getcwd": (79, 17),
+    "madvise": (28, 233), "nanosleep": (35, 101), "getpid": (39, 172), "exit": (60, 93),
+    "uname": (63, 160), "getcwd": (79, 17),
     "readlink": (89, None), "gettimeofday": (96, 169), "getrusage": (98, 165), "times": (100, 153),
     "getuid": (102, 174), "getgid": (104, 176), "geteuid": (107, 175), "getegid": (108, 177),
     "gettid": (186, 178), "time": (201, None), "futex": (202, 98), "sched_getaffinity": (204, 123),
@@ -59,9 +59,9 @@ def prctl(option: int, *values) -> None:
     system_call(LIBC.prctl, option, *arguments)
 
 
-def limit(memory: int, files: int) -> None:
-    """Limit this process and its children to `memory` bytes each and to file numbers < `files`."""
-    for name, most in (("AS", memory), ("NOFILE", files), ("FSIZE", 0), ("CORE", 0)):
+def limit(**limits: int) -> None:
+    """Limits of this process and its children, by the names of RLIMIT_ constants."""
+    for name, most in limits.items():
         with contextlib.suppress(ValueError, OSError):  # macOS has no limit of memory
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
 
@@ -71,8 +71,11 @@ def die_with_parent() -> None:
         prctl(PDEATHSIG, signal.SIGKILL)
 
 
-def read_only(folders: list[str]) -> bool:
-    """Let files be opened in `folders` only, and not for writing; False without Landlock."""
+def read_only(folders: list[str], hidden: str) -> bool:
+    """Let files be opened in `folders` only, and not for writing; False without Landlock.
+
+    What is in a folder under a name that ends in `hidden` stays closed.
+    """
     if sys.platform != "linux":
         return False
     try:
@@ -80,13 +83,22 @@ def read_only(folders: list[str]) -> bool:
         rights = struct.pack("Q", 2 ** min(12 + version, 15) - 1)  # all that this version knows
         rules = system_call(LIBC.syscall, CREATE_RULESET, rights, len(rights), 0)
         for folder in folders:
-            beneath = struct.pack("=Qi", READ_FILE | READ_DIR, os.open(folder, os.O_PATH))
-            system_call(LIBC.syscall, ADD_RULE, rules, 1, beneath, 0)
+            allow(rules, READ_DIR, folder)
+            for entry in os.scandir(folder):
+                if not entry.name.endswith(hidden):
+                    allow(rules, READ_FILE | READ_DIR * entry.is_dir(), entry.path)
         prctl(NO_NEW_PRIVS, 1)
         system_call(LIBC.syscall, RESTRICT_SELF, rules, 0)
     except OSError:
         return False
     return True
+
+
+def allow(rules: int, rights: int, path: str) -> None:
+    """Add a rule of Landlock: these rights on a file, or on all beneath a folder."""
+    file = os.open(path, os.O_PATH)
+    system_call(LIBC.syscall, ADD_RULE, rules, 1, struct.pack("=Qi", rights, file), 0)
+    os.close(file)
 
 
 def seccomp_filter(reading: bool) -> bytes | None:
@@ -105,8 +117,6 @@ def seccomp_filter(reading: bool) -> bytes | None:
 
 def confine(instructions: bytes | None) -> bool:
     """Let only the system calls of a `seccomp_filter` be; False where that cannot be done."""
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     if instructions is None:
         return False
     rows = ctypes.create_string_buffer(instructions)

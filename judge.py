@@ -9,22 +9,25 @@ Next to read: sandbox.py, which starts this file as a script.
 
 import ast
 import builtins
-import functools
 import gc
 import importlib
+import math
 import operator
 import os
 import signal
 import socket
 import sys
+import time
 import types
 import warnings
+from functools import partial, partialmethod
 
 from confine import confine, die_with_parent, limit, read_only, seccomp_filter
 from wire import pack, receive, send, unpack
 
 MEMORY, OPEN_FILES = 2**29, 32  # bytes, and file numbers, of a candidate and of a judge
-LONGEST_REPLY = 2**22  # bytes
+WALL = 2  # times the limit of CPU time: a program may have to wait for others
+LONGEST_REPLY = 2**24  # bytes
 # Loaded in the zygote, to spare every program the time.
 PRELOADED = (
     "abc array base64 bisect calendar cmath copy dataclasses difflib enum hashlib heapq inspect io "
@@ -45,8 +48,9 @@ VERBS = {  # what a test can do to an object of the program
 }
 
 
-def candidate(channel: socket.socket, instructions: bytes | None, reading: bool) -> None:
-    """Run a program and do what is asked of it, until the zygote ends this process."""
+def candidate(instructions: bytes | None, missing: str) -> None:
+    """Run a program and do what is asked of it at file 3, until the zygote ends this process."""
+    channel = types.SimpleNamespace(recv=partial(os.read, 3), sendall=partial(os.write, 3))
     module, objects = types.ModuleType("program"), []
     sys.modules["program"] = module
 
@@ -64,7 +68,6 @@ def candidate(channel: socket.socket, instructions: bytes | None, reading: bool)
             return exec(compile(name, "program", "exec"), vars(module))
         return VERBS[verb](held(name), *(unpack(value, held) for value in values))
 
-    missing = "" if reading else "Landlock"
     send(channel, missing if confine(instructions) else "seccomp")
     while True:
         request = receive(channel)
@@ -81,17 +84,19 @@ def zygote(control: socket.socket) -> None:
     die_with_parent()
     for name in PRELOADED.split():
         importlib.import_module(name)
-    reading = read_only([folder for folder in sys.path if os.path.isdir(folder)])
-    instructions = seccomp_filter(reading)
+    folders = [folder for folder in sys.path if os.path.isdir(folder)]
+    reading = read_only(folders, hidden="-packages")
+    instructions, missing = seccomp_filter(reading), "" if reading else "Landlock"
     gc.collect()
     gc.freeze()  # else a collection in a candidate copies what it shares with this process
-    while sockets := socket.recv_fds(control, 1, 1)[1]:
+    while sockets := (request := socket.recv_fds(control, 9, 1))[1]:
         child = os.fork()
         if child == 0:
             die_with_parent()
             os.dup2(sockets[0], 3)
             os.closerange(4, OPEN_FILES)
-            candidate(socket.socket(fileno=3), instructions, reading)
+            limit(CPU=int(request[0]), NPROC=0, FSIZE=0, CORE=0)
+            candidate(instructions, missing)
         os.close(sockets[0])
         control.recv(1)
         os.kill(child, signal.SIGKILL)
@@ -118,7 +123,7 @@ class Remote:
 
 
 for verb in ("setattr", "getitem", "iter", "len", "bool"):  # not eq, not contains: they would tell
-    method = functools.partialmethod(lambda self, verb, *a: self._ask(verb, self._name, *a), verb)
+    method = partialmethod(lambda self, verb, *a: self._ask(verb, self._name, *a), verb)
     setattr(Remote, f"__{verb}__", method)
 
 
@@ -154,7 +159,7 @@ def passes(candidate: socket.socket, program: str, tests: ast.Module) -> None:
             kind = vars(builtins).get(data)
             known = isinstance(kind, type) and issubclass(kind, Exception)
             raise kind() if known else RuntimeError("the program failed")
-        return unpack(data, functools.partial(Remote, ask))
+        return unpack(data, partial(Remote, ask))
 
     ask("run", program)
     taken, modules = taken_names(tests)
@@ -166,20 +171,19 @@ def passes(candidate: socket.socket, program: str, tests: ast.Module) -> None:
 
 def verdict(control: socket.socket, program: str, tests: list[str], timeout: float):
     """[did it pass?, what this system lacks to confine it] of one program."""
-    tree = ast.parse("\n".join(tests))
+    tree, wall = ast.parse("\n".join(tests)), WALL * timeout
     ours, theirs = socket.socketpair()
-    socket.send_fds(control, [b"f"], [theirs.fileno()])
+    socket.send_fds(control, [b"%d" % math.ceil(timeout)], [theirs.fileno()])
     theirs.close()
-    missing, passed = receive(ours), False
+    missing, passed, end = receive(ours), False, time.monotonic() + wall
     try:
-        try:
-            signal.setitimer(signal.ITIMER_REAL, timeout, 1.0)  # again, if a test swallows it
-            passes(ours, program, tree)
-            passed = True
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-    except BaseException:  # also the alarm, where it comes just before it is switched off
-        passed = False
+        signal.setitimer(signal.ITIMER_PROF, wall + 1)  # ends this process in an endless C loop
+        signal.setitimer(signal.ITIMER_REAL, wall, 1.0)  # again, if a test swallows it
+        passes(ours, program, tree)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        passed = time.monotonic() < end
+    except BaseException:  # the alarm too
+        signal.setitimer(signal.ITIMER_REAL, 0)
     ours.close()
     control.send(b"k")
     if not control.recv(1):
@@ -191,7 +195,10 @@ def judge() -> None:
     """The main of a judge's process: serves the trainer, at stdin, until that is gone."""
     channel, nowhere = socket.socket(fileno=os.dup(0)), os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)
-    limit(MEMORY, OPEN_FILES)
+    limit(AS=MEMORY, NOFILE=OPEN_FILES)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a trainer may have passed on what it ignores
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     ours, theirs = socket.socketpair()
     if os.fork() == 0:
         os.dup2(nowhere, 2)

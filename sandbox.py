@@ -15,9 +15,10 @@ time limit. It leaves nothing behind: no process, no file, no trace in the next 
 that hangs or dies over what a program gave it is replaced.
 
 Not covered: holes in the kernel or in Python's JSON, and load: a program may use its time and
-memory. Elsewhere, such as on macOS, the verdict comes from the same judge, but the program can
-reach files, network and processes of its user; that is said once, on stderr. A program that has
-seen its tests, as MBPP shows them, can list their answers: no sandbox helps against that.
+memory. Elsewhere, such as on macOS, the judge is as blind to lies, but a program can reach files,
+network and processes of its user, and could so attack the judge itself; that is said once, on
+stderr. A program that has seen its tests, as MBPP shows them, can list their answers: no sandbox
+helps against that.
 
 Arguments are copies: no test sees them changed. The rest is in wire.py (the data), confine.py (what
 a process may do) and judge.py (judge, zygote, candidate). Next to read: rewards.py.
@@ -27,18 +28,19 @@ import atexit
 import contextlib
 import functools
 import os
-import queue
 import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from judge import WALL
 from wire import receive, send
 
-# Of each process that torchrun starts; more than cores, since an endless loop blocks one to its end.
-WORKERS = max(16, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+# More than cores, since an endless loop blocks one to its end; processes of torchrun share cores.
+WORKERS = max(16, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 GRACE = 5.0  # seconds that a judge may take longer than its program
 
 
@@ -59,17 +61,17 @@ class Judge:
     """A judge's process; raises SandboxError if it errs on the CHECKS."""
 
     def __init__(self):
-        ours, theirs = socket.socketpair()
+        script = str(Path(__file__).with_name("judge.py"))
         kept = {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ}
-        self.process = subprocess.Popen(
-            [sys.executable, "-s", "-S", "-B", str(Path(__file__).with_name("judge.py"))],
-            stdin=theirs,
-            stdout=subprocess.DEVNULL,
-            env={**kept, "PYTHONHASHSEED": "0"},  # else sets of texts have another order each time
-            start_new_session=True,
-        )
-        theirs.close()
-        self.channel = ours
+        self.channel, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-s", "-S", "-B", script],
+                stdin=theirs,
+                stdout=subprocess.DEVNULL,
+                env={**kept, "PYTHONHASHSEED": "0"},  # else the order of sets of texts is random
+                start_new_session=True,
+            )
         try:
             verdicts = [self.ask(program, [test], 60.0) for program, test, _ in CHECKS]
         except (EOFError, OSError) as error:
@@ -84,7 +86,7 @@ class Judge:
 
     def ask(self, program: str, tests: list[str], timeout: float) -> list:
         """judge.verdict; EOFError or OSError if the judge is gone, TimeoutError if it hangs."""
-        self.channel.settimeout(timeout + GRACE)
+        self.channel.settimeout(WALL * timeout + GRACE)
         send(self.channel, [program, tests, timeout])
         return receive(self.channel)
 
@@ -98,50 +100,51 @@ class Judge:
 
 @functools.cache
 def warn_once(missing: str) -> None:
-    free = "can reach this user's files, network and processes"
+    free = "can reach this user's files, network and processes, this one's and its judge's too"
     poor = "can import no more than judge.PRELOADED"
     print(
-        f"sandbox: this system has no {missing}. Verdicts are as safe as elsewhere, but a program "
+        f"sandbox: this system has no {missing}. A program "
         f"{free if missing == 'seccomp' else poor}: use a newer Linux, or a container of one",
         file=sys.stderr,
     )
 
 
-IDLE = queue.SimpleQueue()  # judges
+IDLE: list[Judge] = []
+os.register_at_fork(after_in_child=IDLE.clear)  # they serve the parent
 
 
 @atexit.register
 def close() -> None:
     """End all judges that are not at work; the next program starts new ones."""
-    while not IDLE.empty():
-        IDLE.get().close()
+    while IDLE:
+        IDLE.pop().close()
 
 
 def judged(program: str, tests: list[str], timeout: float) -> bool:
-    """One verdict, of an idle or a new judge; a second one where the first breaks down."""
-    for _ in range(2):
+    """One verdict, of an idle judge or a new one; of another, new one if that is gone at once."""
+    for fresh in (False, True):
+        began = time.monotonic()
         try:
-            judge = IDLE.get_nowait()
-        except queue.Empty:
+            judge = Judge() if fresh else IDLE.pop()
+        except IndexError:
             judge = Judge()
         try:
             passed, fault = judge.ask(program, tests, timeout)
-        except TimeoutError:
+        except (EOFError, OSError):  # TimeoutError, for one
             judge.close()
-            return False
-        except (EOFError, OSError):
-            judge.close()
-        else:
-            IDLE.put(judge)
-            if passed is None:
-                raise SyntaxError(f"the tests are no Python: {fault}")
-            return passed
-    IDLE.put(Judge())  # raises if the fault is not the program's
+            if time.monotonic() - began > timeout:
+                return False
+            continue
+        IDLE.append(judge)
+        if passed is None:
+            raise SyntaxError(f"the tests are no Python: {fault}")
+        return passed
+    Judge().close()  # raises if the fault is not the program's
     return False
 
 
 def run(program: str, tests: list[str], timeout: float = 3.0) -> bool:
-    """Does a program pass all its tests within `timeout` seconds of wall-clock time?
+    """Does a program pass all its tests in `timeout` seconds of CPU time, and twice that in all?
 
     tests: sources that are run one after the other in one namespace, such as MBPP's asserts, or
     HumanEval's check function and a call of it. Raises SandboxError where no verdict can be had,

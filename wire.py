@@ -27,9 +27,9 @@ MAKE = {kind.__name__: kind for kind in PARTS} | {
     "list": list,
     "tuple": tuple,
     "iterator": iter,
-    "keys": lambda items: dict.fromkeys(items).keys(),
-    "items": lambda items: dict(items).items(),
-    "values": list,
+    "keys": lambda keys: {key: None for key in keys}.keys(),  # noqa: C420, an alarm can end it
+    "items": lambda items: {key: value for key, value in items}.items(),  # noqa: C416
+    "values": lambda values: dict(enumerate(values)).values(),
 }
 COLLECTIONS = {
     "list": list,
@@ -73,7 +73,7 @@ def unpack(data, held):
         return int(parts, 16) if name == "int" else bytes.fromhex(parts)
     if name == "dict":
         return {unpack(key, held): unpack(item, held) for key, item in parts}
-    if name in ("set", "frozenset"):  # one by one: keys that collide shall not outlast the alarm
+    if name in ("set", "frozenset"):  # one by one, as keys and items: an alarm can end them
         items = {unpack(item, held) for item in parts}
         return items if name == "set" else frozenset(items)
     items = [unpack(item, held) for item in parts]

@@ -47,10 +47,6 @@ def children(pid: int) -> set[int]:
     return found
 
 
-def own_judges() -> int:
-    return sandbox.IDLE.qsize()
-
-
 # --- Right and wrong ---------------------------------------------------------------------------
 
 
@@ -84,7 +80,13 @@ def test_a_value_comes_back_as_it_was(value):
 @pytest.mark.parametrize(
     ("returned", "expected"),
     [("[1]", "(1,)"), ("(1,)", "[1]"), ("'5'", "5"), ("5", "'5'"), ("{1}", "[1]"), ("None", "0")]
-    + [("0.1 + 0.2", "0.3"), ("[[1]]", "[1]"), ("b'a'", "'a'"), ("float('nan')", "float('nan')")],
+    + [
+        ("{1: 3}.values()", "[3]"),
+        ("0.1 + 0.2", "0.3"),
+        ("[[1]]", "[1]"),
+        ("b'a'", "'a'"),
+        ("float('nan')", "float('nan')"),
+    ],
 )
 def test_what_python_calls_unequal_is_unequal(returned, expected):
     assert not check(f"def f(): return {returned}", f"assert f() == {expected}")
@@ -425,12 +427,100 @@ def test_endless_loops_hold_up_only_their_own_workers():
     assert time.monotonic() - began < 12  # one after the other they take 18 seconds
 
 
+def test_a_right_program_passes_beside_endless_loops():
+    slow = "def f(x):\n    for _ in range(10**7): pass\n    return x * x"
+    loop = "def f(x):\n    while True: pass"
+    began = time.process_time()
+    exec(slow, space := {})
+    space["f"](3)
+    limit = max(1.0, 12 * (time.process_time() - began))
+    jobs = [(slow, SQUARES[:1]), (loop, SQUARES)] * 4
+    assert sandbox.run_many(jobs, limit) == [True, False] * 4
+
+
+def test_the_limit_is_of_cpu_time_and_twice_that_for_one_that_sleeps():
+    for wait, least, most in (("while True: pass", 1, 2), ("__import__('time').sleep(60)", 2, 12)):
+        began = time.monotonic()
+        assert not sandbox.run(f"def f(x):\n    {wait}", SQUARES, SECONDS)
+        assert least * 0.9 < time.monotonic() - began < most + 10
+    nap = "import time\ndef f(x):\n    time.sleep(1.3)\n    return x * x"
+    assert sandbox.run(nap, SQUARES[:1], SECONDS)
+
+
+def test_a_test_that_swallows_the_alarm_passes_nothing_late():
+    late = "import time\ndef f(x):\n    time.sleep(2.4)"
+    assert not check(late, "try:\n    f(1)\nexcept BaseException:\n    pass", SECONDS)
+
+
+def test_a_candidate_has_no_file_but_its_channel():
+    program = """
+        import os
+        def f():
+            found = []
+            for file in range(3, 32):
+                try: found.append(file) if os.fstat(file) else None
+                except OSError: pass
+            return found
+    """
+    assert check(program, "assert f() == [3]")
+
+
+def test_packages_beside_the_standard_library_cannot_be_read(tmp_path):
+    """A benchmark that is installed has its answers in there."""
+    code = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import confine
+print(confine.read_only([sys.argv[2]], hidden="-packages"))
+for name in ("module.py", "package/inner.py", "site-packages/human_eval.py"):
+    try:
+        print(open(os.path.join(sys.argv[2], name)).read())
+    except PermissionError:
+        print("closed")
+"""
+    for name in ("module.py", "package/inner.py", "site-packages/human_eval.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("open")
+    command = [sys.executable, "-c", code, str(ROOT), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "open", "open", "closed"]
+
+
+def test_a_fork_of_the_trainer_leaves_its_judges_alone():
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import sandbox
+jobs = [({SQUARE!r}, {SQUARES!r})] * 20
+assert all(sandbox.run_many(jobs))
+if os.fork() == 0:
+    sys.exit(0 if all(sandbox.run_many(jobs)) else 1)
+assert os.wait()[1] == 0
+print(sum(sandbox.run_many(jobs)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "20\n", done.stderr
+
+
+def test_signals_that_the_trainer_ignores_or_blocks_change_no_verdict():
+    code = f"""
+import signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import sandbox
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+nap = "import time\\ndef f(x): time.sleep(60)"
+print(sandbox.run({SQUARE!r}, {SQUARES!r}), sandbox.run(nap, {SQUARES!r}, 0.5))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True False\n", done.stderr
+
+
 def test_a_dead_judge_is_replaced_and_its_program_judged_again():
     assert sandbox.run(SQUARE, SQUARES)
-    judge_now = sandbox.IDLE.get()
-    sandbox.IDLE.put(judge_now)
-    os.kill(judge_now.process.pid, signal.SIGKILL)
-    assert sandbox.run_many([(SQUARE, SQUARES)] * 3) == [True] * 3
+    for idle in sandbox.IDLE:
+        os.kill(idle.process.pid, signal.SIGKILL)
+    assert sandbox.run_many([(SQUARE, SQUARES)] * 40) == [True] * 40
 
 
 def test_a_judge_that_hangs_over_what_it_was_given_is_replaced(monkeypatch):
@@ -464,6 +554,23 @@ def test_when_the_trainer_is_killed_all_of_the_sandbox_ends():
     while (alive := {p for p in below if Path(f"/proc/{p}").exists()}) and time.monotonic() < end:
         time.sleep(0.1)
     assert not alive
+
+
+def test_when_a_judge_is_killed_its_candidate_ends():
+    code = TRAINER.format(root=str(ROOT)).replace("2.0", "30.0")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(1)
+    judges = {pid for pid in children(process.pid) if os.getpgid(pid) == pid}
+    below = children(process.pid) - judges
+    process.kill()
+    for pid in judges:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    end = time.monotonic() + 10
+    while (alive := {p for p in below if Path(f"/proc/{p}").exists()}) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert len(below) >= 8 and not alive
 
 
 def test_a_sandbox_that_errs_is_an_exception_and_never_a_verdict(monkeypatch):
