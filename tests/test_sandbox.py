@@ -26,6 +26,7 @@ SQUARE = "def f(x):\n    return x * x\n"
 SQUARES = ["assert f(3) == 9", "assert f(5) == 25"]
 SECONDS = 1.0  # of programs that never end
 ROOT = Path(sandbox.__file__).parent
+SOURCES = ("sandbox", "judge", "confine", "wire")
 
 
 def check(program: str, tests: list[str] | str = SQUARES, timeout: float = 20.0) -> bool:
@@ -277,6 +278,11 @@ def test_what_is_too_much_to_send_fails_at_once_or_in_time(value):
     assert not check(f"{deep}def f(x): return {value}", timeout=SECONDS)
 
 
+def test_a_reply_may_be_long_but_not_endless():
+    assert check("def f(n): return 'a' * n", "assert len(f(2**22)) == 2**22")
+    assert not check("def f(n): return 'a' * n", "assert len(f(2**25)) == 2**25")
+
+
 # --- Harm --------------------------------------------------------------------------------------
 
 
@@ -447,6 +453,31 @@ def test_the_limit_is_of_cpu_time_and_twice_that_for_one_that_sleeps():
     assert sandbox.run(nap, SQUARES[:1], SECONDS)
 
 
+def run_changed(folder: Path, old: str, new: str, code: str):
+    """Run code with a sandbox in which one text is another."""
+    sources = {name: (ROOT / f"{name}.py").read_text() for name in SOURCES}
+    assert sum(old in text for text in sources.values()) == 1
+    for name, text in sources.items():
+        (folder / f"{name}.py").write_text(text.replace(old, new))
+    code = f"import sys\nsys.path.insert(0, {str(folder)!r})\nimport sandbox\n{code}"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+
+def test_an_endless_loop_ends_when_its_cpu_time_is_used_up(tmp_path):
+    began = time.monotonic()
+    code = f"print(sandbox.run('while True: pass', {SQUARES!r}, 1.0))"
+    assert run_changed(tmp_path, "WALL = 2 ", "WALL = 60 ", code).stdout == "False\n"
+    assert time.monotonic() - began < 40
+
+
+def test_a_test_that_swallows_the_alarm_is_stopped_again(monkeypatch):
+    monkeypatch.setattr(sandbox, "GRACE", 60)
+    began = time.monotonic()
+    forever = "import time\ndef f(x):\n    time.sleep(100)"
+    assert not check(forever, "try:\n    f(1)\nexcept BaseException:\n    pass", SECONDS)
+    assert time.monotonic() - began < 40
+
+
 def test_a_test_that_swallows_the_alarm_passes_nothing_late():
     late = "import time\ndef f(x):\n    time.sleep(2.4)"
     assert not check(late, "try:\n    f(1)\nexcept BaseException:\n    pass", SECONDS)
@@ -592,19 +623,9 @@ def test_a_judge_that_cannot_start_is_an_exception(monkeypatch):
     ("missing", "words"), [("seccomp", "files, network"), ("Landlock", "import")]
 )
 def test_a_system_that_cannot_confine_says_so_once_and_still_judges(missing, words, tmp_path):
-    for name in ("sandbox", "judge", "confine", "wire"):
-        text = (ROOT / f"{name}.py").read_text()
-        text = text.replace(
-            *{"seccomp": ("1, 22, 38", "1, 99, 38"), "Landlock": ("444,", "9444,")}[missing]
-        )
-        (tmp_path / f"{name}.py").write_text(text)
-    code = f"""
-import sys
-sys.path.insert(0, {str(tmp_path)!r})
-import sandbox
-print(sandbox.run_many([({SQUARE!r}, {SQUARES!r}), ("def f(x): return 1", {SQUARES!r})] * 8))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    number = {"seccomp": ("1, 22, 38", "1, 99, 38"), "Landlock": ("= 444,", "= 9444,")}[missing]
+    jobs = [(SQUARE, SQUARES), ("def f(x): return 1", SQUARES)] * 8
+    done = run_changed(tmp_path, *number, f"print(sandbox.run_many({jobs!r}))")
     assert done.stdout == f"{[True, False] * 8}\n"
     assert done.stderr.count("sandbox: this system has no " + missing) == 1 and words in done.stderr
 
