@@ -517,6 +517,15 @@ for name in ("module.py", "package/inner.py", "site-packages/human_eval.py"):
     assert done.stdout.split() == ["True", "open", "open", "closed"]
 
 
+def test_no_program_reads_a_package_that_is_installed():
+    files = list((Path(os.__file__).parent / "site-packages").rglob("*.py"))[:1]
+    if not files:
+        pytest.skip("no package beside the standard library")
+    read = "def f(name):\n    return len(open(name).read())"
+    assert not check(read, f"assert f({str(files[0])!r}) >= 0")
+    assert check(read, f"assert f({os.__file__!r}) > 0")
+
+
 def test_a_fork_of_the_trainer_leaves_its_judges_alone():
     code = f"""
 import os, sys
