@@ -1,4 +1,4 @@
-"""What may a process do? It compute, and little else: seccomp and Landlock, by ctypes.
+"""What may a process do? Compute, and little else: seccomp and Landlock, by ctypes.
 
     read_only(folders)     from now on, files can be opened in these folders only, for reading
     confine(filter)        from now on, only the system calls of ALLOWED exist
@@ -84,9 +84,9 @@ def read_only(folders: list[str], hidden: str) -> bool:
         rules = system_call(LIBC.syscall, CREATE_RULESET, rights, len(rights), 0)
         for folder in folders:
             allow(rules, READ_DIR, folder)
-            for entry in os.scandir(folder):
-                if not entry.name.endswith(hidden):
-                    allow(rules, READ_FILE | READ_DIR * entry.is_dir(), entry.path)
+        for entry in [entry for folder in folders for entry in os.scandir(folder)]:
+            if not entry.name.endswith(hidden):
+                allow(rules, READ_FILE | READ_DIR * entry.is_dir(), entry.path)
         prctl(NO_NEW_PRIVS, 1)
         system_call(LIBC.syscall, RESTRICT_SELF, rules, 0)
     except OSError:

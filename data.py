@@ -14,6 +14,7 @@ train on and HumanEval to test on (both section 6 of the paper). They come from 
 files. How a problem is put to a model is in tasks.py. Next to read: expressions.py.
 """
 
+import ast
 import hashlib
 import random
 import re
@@ -181,50 +182,72 @@ MBPP_TEST = range(11, 511)  # its own test split
 CODE_TEXTS = ["text", "code"], ["prompt", "canonical_solution", "test", "entry_point"]
 
 
+def code_problems(split: str, folder: str, ids: str) -> tuple[Problem, ...]:
+    """HumanEval ("test"), MBPP's own test split ("mbpp"), or its problems `ids` to train on."""
+    mbpp, humaneval = read_code(folder)
+    if split == "test":
+        return humaneval
+    wanted = MBPP_TEST if split == "mbpp" else numbers_of(ids)
+    found = tuple(mbpp[number] for number in wanted if number in mbpp)
+    if not found:
+        name = "11-510" if split == "mbpp" else f"--ids {ids}"
+        raise InputError(f"{folder or HUB_MBPP} has no problem of {name}: name others")
+    return found
+
+
 @cache
-def code_problems(folder: str, ids: str) -> dict[str, tuple[Problem, ...]]:
-    """MBPP's problems `ids` to train on, HumanEval to test on, and "mbpp", MBPP's test split."""
+def read_code(folder: str) -> tuple[dict[int, Problem], tuple[Problem, ...]]:
+    """MBPP by number, and HumanEval, from two files or from the hub."""
     if folder:
-        rows = [
-            read_folder(Path(folder), {name: [name]}, texts)[name]
-            for name, texts in zip(("mbpp", "humaneval"), CODE_TEXTS, strict=True)
-        ]
+        parts = zip(("mbpp", "humaneval"), CODE_TEXTS, strict=True)
+        rows = [read_folder(Path(folder), {name: [name]}, texts)[name] for name, texts in parts]
     else:
         parts = [(HUB_MBPP, "full", part) for part in ("prompt", "test", "validation", "train")]
-        rows = from_hub("code", parts), from_hub("code", [(HUB_HUMANEVAL, "test")])
-    source = folder or f"{HUB_MBPP} or {HUB_HUMANEVAL}"
-    try:
-        mbpp = {int(row["task_id"]): mbpp_problem(row) for row in rows[0]}
-        humaneval = tuple(map(humaneval_problem, rows[1]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{source} is not as MBPP and HumanEval are: {error!r}") from error
-    splits = {"train": numbers_of(ids), "mbpp": MBPP_TEST}
-    found = {name: tuple(mbpp[i] for i in split if i in mbpp) for name, split in splits.items()}
-    if not all(found.values()) or not humaneval:
-        raise InputError(f"{source} has no problem of --ids {ids}, of 11-510 or of HumanEval")
-    return {**found, "test": humaneval}
+        rows = [from_hub("code", parts), from_hub("code", [(HUB_HUMANEVAL, "test")])]
+    made = []
+    for source, make in zip(rows, (mbpp_problem, humaneval_problem), strict=True):
+        for row in source:
+            try:
+                made.append(make(row))
+                ast.parse("\n".join(made[-1].tests))
+            except (KeyError, TypeError, ValueError, SyntaxError) as error:
+                raise InputError(
+                    f"{folder or 'the hub'}: task_id {row.get('task_id')} is not as those of MBPP "
+                    f"or HumanEval are ({error!r}): mend it"
+                ) from error
+    mbpp = {int(p.id.removeprefix("MBPP/")): p for p in made if not p.given}
+    return mbpp, tuple(problem for problem in made if problem.given)
 
 
-def numbers_of(ids: str) -> list[int]:
-    """ "2,511-513" -> [2, 511, 512, 513]; InputError for what is no such list."""
+@cache
+def numbers_of(ids: str) -> tuple[int, ...]:
+    """ "5,511-513" -> (5, 511, 512, 513); InputError for what is no such list, or shown to all."""
     numbers: set[int] = set()
     for part in ids.split(","):
         first, _, last = part.partition("-")
         try:
-            numbers |= set(range(int(first), int(last or first) + 1))
-        except ValueError as error:
-            raise InputError(f"--ids {ids} is no list of numbers such as 511-974") from error
+            low, high = int(first), int(last or first)
+        except ValueError:
+            low = high = 0
+        if not 0 < low <= high < 10_000:
+            raise InputError(f"--ids {ids} is no list of numbers such as 511-974")
+        numbers |= set(range(low, high + 1))
     if numbers & set(SHOTS):
         raise InputError(f"--ids {ids} has one of {SHOTS}, which every prompt shows: leave it out")
-    return sorted(numbers)
+    if numbers & set(MBPP_TEST):
+        print(f"--ids {ids}: --split mbpp, 11-510, is no test for this model", file=sys.stderr)
+    return tuple(sorted(numbers))
 
 
 def mbpp_problem(row: dict) -> Problem:
     """A row of MBPP; the question ends with the tests, as the paper's prompt shows them."""
-    shown = "\n".join(row["test_list"])
-    question = f"{row['text']} Your code should pass these tests:\n\n{shown}"
-    tests = (row["test_setup_code"], *row["test_list"])
-    return Problem(question, row["code"], "code", f"MBPP/{row['task_id']}", tests=tests)
+    shown = row["test_list"]
+    if not isinstance(shown, list) or not shown:
+        raise TypeError("test_list is no list of tests")
+    listed = "\n".join(shown)
+    question = f"{row['text']} Your code should pass these tests:\n\n{listed}"
+    tests = (row.get("test_setup_code") or "", *shown)
+    return Problem(question, row["code"], "code", f"MBPP/{int(row['task_id'])}", tests=tests)
 
 
 def humaneval_problem(row: dict) -> Problem:

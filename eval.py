@@ -22,7 +22,7 @@ from tqdm import tqdm
 import ranks
 from data import InputError, Problem
 from models import check_precision, load_checkpoint
-from repair import base_of, begin_wrong, read_attempts
+from repair import base_of, begin, read_attempts, wrong
 from runs import (
     COLDEST,
     alone_in,
@@ -33,7 +33,16 @@ from runs import (
     write_atomically,
 )
 from sample import Episode, Sampling, askable, rollout
-from tasks import TASKS, Chat, agree, check_task, load_problems, read_chat, stated_answer
+from tasks import (
+    OF_ATTEMPTS,
+    TASKS,
+    Chat,
+    agree,
+    check_task,
+    load_problems,
+    read_chat,
+    stated_answer,
+)
 
 Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
@@ -130,10 +139,10 @@ def evaluate(model, chat: Chat, problems: list[Problem], sampling: Sampling, beg
     asked = {problem.id for problem in problems}
     begun = [episode for episode in begun if episode.problem.id in asked]
     share, episodes = ranks.share(len(problems)), []
-    own, begun = problems[share], begun[share]
-    for start in tqdm(range(0, len(own), sampling.rows), desc="eval", unit="batch", leave=False):
-        rows = slice(start, start + sampling.rows)
-        episodes += rollout(model, chat, own[rows], sampling, begun[rows])
+    starts = range(share.start, share.stop, sampling.rows)
+    for start in tqdm(starts, desc="eval", unit="batch", leave=False):
+        part = slice(start, min(start + sampling.rows, share.stop))
+        episodes += rollout(model, chat, problems, sampling, begun, part)
     episodes = ranks.gather(episodes)
     return episodes, measure(episodes)
 
@@ -166,14 +175,6 @@ def as_table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-OF_TASK = {  # flags whose default is the task's
-    "problems": "held-out problems",
-    "max_new_tokens": "of one attempt",
-    "precision": "of the weights",
-    "rows": "attempted side by side",
-}
-
-
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", help="checkpoint folder, or name on the Hugging Face hub")
@@ -184,7 +185,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repair", nargs="?", const="", metavar="FILE", help=words)
     parser.add_argument("--attempts", type=int, default=2)
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
-    for name, words in OF_TASK.items():
+    for name, words in OF_ATTEMPTS.items():
         usual = ", ".join(f"{task}: {getattr(TASKS[task], name)}" for task in TASKS)
         parser.add_argument(
             as_flag(name), type=type(getattr(TASKS["sums"], name)), help=f"{words} ({usual})"
@@ -210,6 +211,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped: nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -219,7 +223,7 @@ def prepare(args: argparse.Namespace) -> tuple[list[Problem], Path, dict[str, st
     if args.split not in TASKS[args.task].splits:
         splits = " or ".join(TASKS[args.task].splits)
         raise InputError(f"--split {args.split} is not one of --task {args.task}: {splits}")
-    for name in OF_TASK:
+    for name in OF_ATTEMPTS:
         if getattr(args, name) is None:
             setattr(args, name, getattr(TASKS[args.task], name))
     check_precision(args.precision)
@@ -243,7 +247,7 @@ def prepare(args: argparse.Namespace) -> tuple[list[Problem], Path, dict[str, st
     )
     folder = args.out or (Path(args.model) if local else Path("runs") / args.model) / name
     if read_json(folder / "metrics.json").get("settings", settings) != settings:
-        raise InputError(f"--out {folder} holds another evaluation: name another folder")
+        raise InputError(f"{folder} holds another evaluation: name another folder with --out")
     return problems, folder, settings
 
 
@@ -253,24 +257,29 @@ def load(name: str, args: argparse.Namespace):
     return model.to(ranks.device()), ranks.together(read_chat, tokenizer, model, args.task)
 
 
-def given_attempts(args, problems, sampling: Sampling) -> tuple[list[Problem], list[str]] | None:
-    """What --repair begins with: attempts from a file, or greedy ones of the base model."""
-    if args.repair:
-        return ranks.together(read_attempts, Path(args.repair), problems)
-    if args.repair is None:
-        return None
-    model, chat = load(base_of(args.model), args)
+def base_attempts(args: argparse.Namespace, problems, sampling: Sampling) -> list[Episode]:
+    """Wrong greedy first attempts of the base model."""
+    base = base_of(args.model)
+    model, chat = load(base, args)
     one = replace(sampling, attempts=1, temperature=0.0)
-    episodes = evaluate(model, chat, problems, one)[0]
-    return [e.problem for e in episodes], [e.attempts[0].text for e in episodes]
+    return ranks.together(wrong, evaluate(model, chat, problems, one)[0], base)
+
+
+def file_attempts(args: argparse.Namespace, problems, chat: Chat) -> list[Episode]:
+    """Wrong first attempts of a file; one rank decides for all which are."""
+    if ranks.rank():
+        return []
+    asked, attempts = read_attempts(Path(args.repair), problems)
+    return wrong(begin(asked, attempts, chat, args.max_new_tokens), args.repair)
 
 
 def report(args: argparse.Namespace, problems: list[Problem], folder: Path, settings) -> None:
     """Evaluate a model, print every metric and its interval, write both files."""
     sampling = Sampling(args.attempts, args.max_new_tokens, args.temperature, args.seed, args.rows)
-    given = given_attempts(args, problems, sampling)
+    begun = base_attempts(args, problems, sampling) if args.repair == "" else []
     model, chat = load(args.model, args)
-    begun = ranks.together(begin_wrong, *given, chat) if given else []
+    if args.repair:
+        begun = ranks.gather(ranks.together(file_attempts, args, problems, chat))
     problems = [episode.problem for episode in begun] or problems
     episodes, metrics = evaluate(model, chat, problems, sampling, begun)
     groups = by_group(episodes)

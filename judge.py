@@ -218,7 +218,7 @@ def judge() -> None:
             return
         try:
             send(channel, verdict(ours, *request))
-        except SyntaxError as error:
+        except (SyntaxError, TypeError, ValueError) as error:
             send(channel, [None, str(error)])
 
 

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import ranks
 from data import InputError
 from models import check_precision, move_in
-from tasks import TASKS, check_task, settings_of
+from tasks import TASKS, check_task, load_problems, settings_of
 
 LOGS, RESULTS = ("metrics.jsonl", "samples.txt"), "results.json"
 BEGUN = {"base", RESULTS, "state"}  # what is written before config.json
@@ -148,7 +148,8 @@ def parse_flags(settings: type, words: str, argv: list[str] | None) -> dict:
     for item in fields(settings):
         others = {task: settings_of(task).get(item.name, item.default) for task in TASKS}
         of_task = "".join(f", {task}: {x}" for task, x in others.items() if x != item.default)
-        text = f"{item.metadata['help']} (default: {item.default}{of_task})".replace("%", "%%")
+        default = "none" if item.default == "" else item.default
+        text = f"{item.metadata['help']} (default: {default}{of_task})".replace("%", "%%")
         kind = {"action": "store_true"} if item.default is False else {"type": type(item.default)}
         parser.add_argument(as_flag(item.name), default=argparse.SUPPRESS, help=text, **kind)
     return vars(parser.parse_args(argv))
@@ -282,6 +283,7 @@ def begin(typed: dict, configure) -> tuple:
     followed = settings_to_follow(folder, typed)
     cfg, run = configure({**followed, **typed}), Run(folder)
     check_settings(cfg)
+    load_problems(cfg.task, "train", 1, cfg.data, cfg.ids)  # before models take their time
     init = cfg.init
     if followed:
         run.lines = read_metrics(folder / "metrics.jsonl")

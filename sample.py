@@ -91,17 +91,15 @@ def rollout_rows(model, chat: Chat, problems, sampling: Sampling, begun, uniform
     x1 = {problem.id: chat.x1(problem) for problem in problems}
     prompts = [x1[problem.id] for problem in problems]
     attempts = [list(episode.attempts) for episode in begun] or [[] for _ in problems]
-    spoken = [sum(len(y.tokens) + 1 + len(chat.p1) for y in made) for made in attempts]
-    longest = max(len(prompt) + more for prompt, more in zip(prompts, spoken, strict=True))
-    to_come = sampling.attempts - len(attempts[0])
-    columns = longest + to_come * (sampling.max_new_tokens + 1 + len(chat.p1))
+    longest = max(map(len, prompts))
+    columns = longest + sampling.attempts * (sampling.max_new_tokens + 1 + len(chat.p1))
     cache = cache_for(model, len(problems), columns)
     with torch.inference_mode():
         for number in range(len(attempts[0]), sampling.attempts):
             made = [segments(chat, *row) for row in zip(prompts, attempts, strict=True)]
             contexts = [[token for tokens, _ in parts for token in tokens] for parts in made]
             answers = decode(cache, contexts, uniforms[:, number], sampling, chat.end_ids)
-            for row, attempt in zip(attempts, judge(chat, problems, answers), strict=True):
+            for row, attempt in zip(attempts, rewarded(chat, problems, answers), strict=True):
                 row.append(attempt)
     return [
         Episode(problem, prompt, tuple(made), offline=bool(begun))
@@ -122,7 +120,7 @@ def segments(chat: Chat, x1: list[int], attempts) -> list[tuple[list[int], int]]
     return parts
 
 
-def judge(chat: Chat, problems, answers) -> list[Attempt]:
+def rewarded(chat: Chat, problems, answers) -> list[Attempt]:
     """Attempts from the (token, log-prob)s of each, with their rewards."""
     pairs = [tuple(map(list, zip(*answer, strict=True))) for answer in answers]
     texts = [chat.text(tokens) for tokens, _ in pairs]

@@ -15,10 +15,10 @@ time limit. It leaves nothing behind: no process, no file, no trace in the next 
 that hangs or dies over what a program gave it is replaced.
 
 Not covered: holes in the kernel or in Python's JSON, and load: a program may use its time and
-memory. Elsewhere, such as on macOS, the judge is as blind to lies, but a program can reach files,
-network and processes of its user, and could so attack the judge itself; that is said once, on
-stderr. A program that has seen its tests, as MBPP shows them, can list their answers: no sandbox
-helps against that.
+memory, and a right one that takes seconds may fail beside many such on few cores. Elsewhere, as on
+macOS, the judge is as blind to lies, but a program can reach files, network and processes of its
+user, and could so attack the judge itself; that is said once, on stderr. A program that has seen
+its tests, as MBPP shows them, can list their answers: no sandbox helps against that.
 
 Arguments are copies: no test sees them changed. The rest is in wire.py (the data), confine.py (what
 a process may do) and judge.py (judge, zygote, candidate). Next to read: rewards.py.
@@ -49,11 +49,11 @@ class SandboxError(Exception):
 
 
 GOOD = "import string\ndef f(x): return {x: (1, [2.5], string.digits)}"
-FREE = "def f():\n try: open('/proc/self/stat')\n except OSError: return False\n return True"
+ESCAPE = "def f():\n try: open('/proc/self/stat')\n except OSError: return False\n return True"
 CHECKS = (  # of every new judge: program, test, does it pass (the last with seccomp)?
     (GOOD, "assert f('a') == {'a': (1, [2.5], '0123456789')}", True),
     (GOOD, "assert f('a') == {'a': [1, [2.5], '0123456789']}", False),
-    (FREE, "assert f()", False),
+    (ESCAPE, "assert f()", False),
 )
 
 
@@ -63,15 +63,21 @@ class Judge:
     def __init__(self):
         script = str(Path(__file__).with_name("judge.py"))
         kept = {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ}
-        self.channel, theirs = socket.socketpair()
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-s", "-S", "-B", script],
-                stdin=theirs,
-                stdout=subprocess.DEVNULL,
-                env={**kept, "PYTHONHASHSEED": "0"},  # else the order of sets of texts is random
-                start_new_session=True,
-            )
+        try:
+            self.channel, theirs = socket.socketpair()
+            with theirs:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-s", "-S", "-B", script],
+                    stdin=theirs,
+                    stdout=subprocess.DEVNULL,
+                    env={
+                        **kept,
+                        "PYTHONHASHSEED": "0",
+                    },  # else sets of texts have any order
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise SandboxError(f"the sandbox cannot start: {error}") from error
         try:
             verdicts = [self.ask(program, [test], 60.0) for program, test, _ in CHECKS]
         except (EOFError, OSError) as error:

@@ -16,6 +16,8 @@ def read_folder(folder: Path, names: dict[str, list[str]], texts: list[str]) -> 
 
     texts: keys of a row that hold texts or are absent; the first must be there.
     """
+    if not folder.is_dir():
+        raise InputError(f"--data {folder} is no folder: name one with JSONL files")
     found = {}
     for key, parts in names.items():
         files = sorted(folder.glob("*.jsonl*"))
@@ -44,7 +46,7 @@ def read_jsonl(path: Path, texts: list[str] | tuple = ()) -> list[dict]:
             if row and not all(isinstance(row.get(key) or "", str) for key in texts):
                 raise TypeError("not a text")
             rows += [row] if row and all(row[key] for key in texts[:1]) else []
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             needed = "".join(f" with a {key}, all texts" for key in texts[:1])
             raise InputError(
                 f"{path}, line {number}, is no JSON object{needed}: mend it"

@@ -102,13 +102,22 @@ def heap_queue_largest(nums, n):
 """
 
 
+OF_ATTEMPTS = {  # flags of eval.py and score.py alike
+    "problems": "held-out problems",
+    "max_new_tokens": "of one attempt",
+    "precision": "of the weights",
+    "rows": "attempted side by side",
+}
+
+
 @dataclass(frozen=True)
 class Task:
-    """A task. Flags that it sets are those of eval.py and, with `training`, of score.py.
+    """A task. It sets flags of eval.py and, with `training`, others of score.py.
 
-    load(split, count, data, ids): the first `count` problems of a split, always in the same order.
-    first(problem): the first prompt; again: the second. rewards(attempts, problems): 1.0 or 0.0
-    each. states(attempt): what it answers, None if that cannot be found; same(answer, answer).
+    load(split, count, data, ids): the first `count` problems of "train" or of one of `splits`,
+    always in the same order; their `task` is the task's name. first(problem): the first prompt;
+    again: the second. rewards(attempts, problems): 1.0 or 0.0 each. states(attempt): what it
+    answers, None if that cannot be found; same(answer, answer).
     """
 
     load: Callable[[str, int | None, str, str], tuple[Problem, ...]]
@@ -117,10 +126,10 @@ class Task:
     rewards: Callable[[list[str], list[Problem]], list[float]]
     states: Callable[[str], str | None]
     same: Callable[[str, str], bool]
-    problems: int  # held out
-    max_new_tokens: int  # of one attempt
-    precision: str  # of the weights
-    rows: int  # attempted side by side
+    problems: int
+    max_new_tokens: int
+    precision: str
+    rows: int
     training: dict = field(default_factory=dict)
     splits: tuple[str, ...] = ("test",)  # held out
     takes: tuple[str, ...] = ()  # flags that only some tasks have: data, ids
@@ -165,7 +174,7 @@ TASKS = {
         max_new_tokens=1024,  # NOT STATED
         precision="bfloat16",
         rows=64,
-        training={  # steps1, steps2 (their sum), batch, lr: Table 8; the others NOT STATED
+        training={  # steps1 + steps2, batch, lr: Table 8; the split and the others NOT STATED
             "model": "google/gemma-2-2b-it",
             "out": "runs/math",
             "steps1": 1500,
@@ -180,7 +189,7 @@ TASKS = {
         cue="\n\nSolution:",
     ),
     "code": Task(
-        load=lambda split, count, data, ids: code_problems(data, ids)[split][:count],
+        load=lambda split, count, data, ids: code_problems(split, data, ids)[:count],
         first=first_code,
         again=CODE_CORRECTION,
         rewards=code_rewards,
@@ -190,7 +199,7 @@ TASKS = {
         max_new_tokens=512,  # NOT STATED
         precision="bfloat16",
         rows=64,
-        training={  # steps1, steps2 (their sum), batch, lr, beta2: Table 8; the others NOT STATED
+        training={  # steps1 + steps2, batch, lr, beta2: Table 8; the split and others NOT STATED
             "model": "google/gemma-2-2b-it",
             "out": "runs/code",
             "steps1": 750,
@@ -239,8 +248,8 @@ def settings_of(task: str) -> dict:
     """The flags of score.py that a task sets, {} for an unknown one."""
     if task not in TASKS:
         return {}
-    shared = ("problems", "max_new_tokens", "precision", "rows")
-    return {**{name: getattr(TASKS[task], name) for name in shared}, **TASKS[task].training}
+    shared = {name: getattr(TASKS[task], name) for name in OF_ATTEMPTS}
+    return shared | TASKS[task].training
 
 
 def stated_answer(attempt: str, task: str) -> str | None:

@@ -17,8 +17,8 @@ import eval as evaluation
 import sandbox
 import score
 from data import InputError, Problem, code_problems, numbers_of, preamble
-from repair import base_of, begin_wrong, read_attempts
-from sft import builtin_tokenizer
+from repair import base_of, begin, read_attempts, wrong
+from sft import builtin_model, builtin_tokenizer
 from tasks import TASKS, load_problems, read_chat
 
 FAST = ["--task", "code", "--data", CODE, "--batch", "16", "--k", "4", "--max-new-tokens", "60"]
@@ -65,10 +65,12 @@ def test_training_has_the_ids_asked_for_and_no_others():
     assert splits["test"] == [f"HumanEval/{i}" for i in range(5)]
     few = load_problems("code", "train", data=str(CODE), ids="601,511-512")
     assert [p.id for p in few] == ["MBPP/511", "MBPP/512", "MBPP/601"]
-    assert numbers_of("511-974") == list(range(511, 975))
+    assert numbers_of("511-974") == tuple(range(511, 975))
 
 
-@pytest.mark.parametrize("ids", ["a", "5-", "2-9", "1,4", "9000-9001", "12-11", ",", "-3"])
+@pytest.mark.parametrize(
+    "ids", ["a", "-", "2-9", "511-99999999999", "1,4", "9000-9001", "12-11", ",", "-3"]
+)
 def test_ids_that_cannot_be_are_one_sentence(ids):
     with pytest.raises(InputError, match="--ids"):
         load_problems("code", "train", data=str(CODE), ids=ids)
@@ -89,13 +91,15 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "HUB_MBPP", str(tmp_path / "mbpp"))
     monkeypatch.setattr(data, "HUB_HUMANEVAL", str(tmp_path / "humaneval"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    code_problems.cache_clear()
+    data.read_code.cache_clear()
     yield
-    code_problems.cache_clear()
+    data.read_code.cache_clear()
 
 
 def test_the_hub_and_the_files_give_the_same_problems(hub):
-    assert code_problems("", "511-974") == code_problems(str(CODE), "511-974")
+    for split in ("train", "mbpp", "test"):
+        from_hub = code_problems(split, "", "511-974")
+        assert from_hub == code_problems(split, str(CODE), "511-974") != ()
 
 
 def test_without_network_and_files_one_sentence_says_both_ways_out(monkeypatch):
@@ -104,24 +108,45 @@ def test_without_network_and_files_one_sentence_says_both_ways_out(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     with pytest.raises(InputError, match=r"--task code.*no route.*network.*--data"):
-        code_problems("", "511-974")
+        code_problems("train", "", "511-974")
 
 
 @pytest.mark.parametrize(
-    ("mbpp", "humaneval", "words"),
+    ("change", "words"),
     [
-        ([{"text": "Add."}], None, "is not as MBPP and HumanEval are"),
-        (None, [{"prompt": "def f(): pass", "task_id": "x"}], "is not as MBPP and HumanEval are"),
-        ([], None, "has no problem of --ids"),
-        (None, [], "has no problem of --ids"),
-        ([{"text": 3}], None, "mbpp.jsonl.gz, line 1, is no JSON object with a text"),
+        ({"test_list": "assert f(1)"}, "task_id 511 is not as those of MBPP.*no list of tests"),
+        ({"test_list": ["assert f(1"]}, "task_id 511 is not as those of MBPP.*SyntaxError"),
+        ({"test_list": []}, "task_id 511"),
+        ({"code": None}, "no problem|task_id 511|HumanEval"),
+        ({"task_id": "x"}, "task_id x"),
+        ({"text": 3}, "mbpp.jsonl.gz, line 10, is no JSON object with a text"),
     ],
 )
-def test_files_that_are_not_mbpp_or_humaneval_are_named(mbpp, humaneval, words, tmp_path):
-    rows = {"mbpp": rows_of("mbpp") if mbpp is None else mbpp}
-    rows["humaneval"] = rows_of("humaneval") if humaneval is None else humaneval
+def test_rows_that_are_not_mbpps_are_named(change, words, tmp_path):
+    rows = rows_of("mbpp")
+    row = next(row for row in rows if row["task_id"] == 511)
+    row.update(change)
+    if change == {"code": None}:
+        del row["code"]
+    folder = write(tmp_path / "files", mbpp=rows, humaneval=rows_of("humaneval"))
     with pytest.raises(InputError, match=words):
-        load_problems("code", "train", data=write(tmp_path / "files", **rows))
+        load_problems("code", "train", data=folder)
+
+
+def test_a_setup_may_be_absent_and_a_split_that_is_not_asked_for_too(tmp_path):
+    rows = [row for row in rows_of("mbpp") if row["task_id"] > 510]
+    rows[0]["test_setup_code"] = None
+    folder = write(tmp_path / "files", mbpp=rows, humaneval=rows_of("humaneval"))
+    assert load_problems("code", "train", data=folder)[0].tests[0] == ""
+    assert len(load_problems("code", "test", data=folder)) == 5
+    with pytest.raises(InputError, match="has no problem of 11-510"):
+        load_problems("code", "mbpp", data=folder)
+
+
+def test_ids_of_mbpps_test_split_are_said_to_spoil_it(capsys):
+    numbers_of.cache_clear()
+    assert numbers_of("510-511") == (510, 511)
+    assert "--split mbpp, 11-510, is no test" in capsys.readouterr().err
 
 
 def test_a_folder_without_one_of_the_files_is_named(tmp_path):
@@ -264,29 +289,38 @@ def test_repair_without_a_file_begins_with_the_bases_own_wrong_programs(trained,
     base = [*asked[:1], coder, *asked[2:], "--attempts", "1", "--out", tmp_path / "base"]
     assert run_eval(*base) == 0
     first = [json.loads(line) for line in (tmp_path / "base" / "transcripts.jsonl").open()]
-    wrong = {
-        row["id"]: row["attempts"][0]["text"] for row in first if not row["attempts"][0]["reward"]
+    expected = {
+        row["id"]: row["attempts"][0]["tokens"] for row in first if not row["attempts"][0]["reward"]
     }
     rows = [json.loads(line) for line in (tmp_path / "repair" / "transcripts.jsonl").open()]
-    assert {row["id"]: row["attempts"][0]["text"] for row in rows} == wrong
+    assert {row["id"]: row["attempts"][0]["tokens"] for row in rows} == expected
 
 
 def test_a_given_first_attempt_is_continued_as_tokens():
     tokenizer = builtin_tokenizer()
-    chat = read_chat(tokenizer, __import__("sft").builtin_model(tokenizer, 0), "sums")
+    chat = read_chat(tokenizer, builtin_model(tokenizer, 0), "sums")
     problem = load_problems("sums", "test", 1)[0]
-    wrong = "1 1 1"
-    (episode,) = begin_wrong([problem, problem], [wrong, problem.answer], chat)
+    digits = "1 1 1"
+    episodes = begin([problem, problem], [digits, problem.answer], chat, longest=99)
+    (episode,) = wrong(episodes, "a test")
     assert episode.attempts[0].tokens == [
-        *tokenizer.convert_tokens_to_ids(wrong.split()),
+        *tokenizer.convert_tokens_to_ids(digits.split()),
         chat.close_id,
     ]
     with pytest.raises(InputError, match="no wrong attempt"):
-        begin_wrong([problem], [problem.answer], chat)
+        wrong(begin([problem], [problem.answer], chat, longest=99), "a test")
+    assert begin([problem], [digits], chat, longest=3) == []  # three digits and an end token
 
 
 @pytest.mark.parametrize(
-    "row", [{"task_id": 9999, "program": "x"}, {"task_id": 11}, {"program": "x"}]
+    "row",
+    [
+        {"task_id": 9999, "program": "x"},
+        {"task_id": 11},
+        {"program": "x"},
+        {"task_id": 0, "program": "x"},
+    ]
+    + [{"task_id": 11, "attempts": a} for a in (5, {}, [], [3], [{}], [{"text": 1}])],
 )
 def test_a_row_that_names_no_problem_or_program_is_named(row, tmp_path):
     write_rows(tmp_path / "wrong.jsonl", [{"task_id": 11, "program": "x"}, row])
@@ -298,7 +332,7 @@ def test_a_row_that_names_no_problem_or_program_is_named(row, tmp_path):
     ("flags", "words"),
     [
         (["--split", "train"], "--split train"),
-        (["--repair", "missing.jsonl"], "missing.jsonl"),
+        (["--repair", "missing.jsonl"], "--repair missing.jsonl"),
         (["--repair", "--attempts", "1"], "--repair needs --attempts 2"),
     ],
 )
