@@ -18,6 +18,7 @@ import sandbox
 import score
 from data import InputError, Problem, code_problems, numbers_of, preamble
 from repair import base_of, begin, read_attempts, wrong
+from rewards import program_of
 from sft import builtin_model, builtin_tokenizer
 from tasks import TASKS, load_problems, read_chat
 
@@ -349,10 +350,9 @@ def test_bad_input_is_one_sentence_and_status_2(flags, words, coder, tmp_path, m
     reason="MBPP and HumanEval are not here: name their folder in REAL_DATA to run all references",
 )
 def test_all_references_of_mbpp_and_humaneval_pass():
-    problems = [
-        p for s in ("train", "mbpp", "test") for p in load_problems("code", s, data=str(REAL))
-    ]
-    assert len(problems) == 464 + 500 + 164
-    jobs = [(preamble(p.given) + p.answer, list(p.tests)) for p in problems]
+    mbpp, humaneval = data.read_code(str(REAL))
+    problems = [*mbpp.values(), *humaneval]
+    assert (len(mbpp), len(humaneval)) == (974, 164)
+    jobs = [(preamble(p.given) + program_of(p.answer), list(p.tests)) for p in problems]
     found = sandbox.run_many(jobs, timeout=60.0)  # on a busy machine one takes more than 3 seconds
     assert [p.id for p, right in zip(problems, found, strict=True) if not right] == []

@@ -9,7 +9,7 @@ import pytest
 import eval as evaluation
 from data import Problem
 from eval import by_group, edit_ratio, intervals, measure
-from sample import Attempt, Episode
+from sample import Attempt, Episode, Sampling
 
 PROBLEM = Problem("1+1 =", "2", "sums", "p")
 
@@ -125,6 +125,17 @@ def test_no_change_at_all_still_has_an_interval():
 
 def run_eval(*flags):
     return evaluation.main([str(flag) for flag in flags])
+
+
+def test_samples_of_one_problem_differ_and_do_not_depend_on_the_rows(model, chat, problems):
+    asked = [problems[0]] * 4
+    found = []
+    for rows in (1, 3, 4):
+        sampling = Sampling(2, 10, 1.0, "seed", rows)
+        episodes, _ = evaluation.evaluate(model, chat, asked, sampling)
+        found.append([[attempt.tokens for attempt in e.attempts] for e in episodes])
+    assert found[0] == found[1] == found[2]
+    assert len({str(attempts) for attempts in found[0]}) > 1
 
 
 def test_eval_writes_metrics_and_every_transcript(checkpoint, tmp_path, capsys):
