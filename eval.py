@@ -5,10 +5,10 @@
     python eval.py --model runs/math/stage2 --task math     MATH500, by level and by subject too
     python eval.py --model runs/code/stage2 --task code     HumanEval; MBPP with --split mbpp
     python eval.py --model runs/code/stage2 --task code --split mbpp --repair      (repair.py)
-    python eval.py --plot runs/sums                         the learning curve, as a PNG
+    python eval.py --model runs/sums/stage2 --samples 16    to sample or to correct (scaling.py)
+    python eval.py --plot runs/sums                         its learning curve (figures.py)
 
-The metrics are those of section 3 of the paper. delta_i_to_c and delta_c_to_i are fractions of ALL
-problems, so that acc_t2 - acc_t1 = delta_i_to_c - delta_c_to_i. Next to read: sft.py.
+Next to read: sft.py.
 """
 
 import argparse
@@ -19,15 +19,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import figures
 import ranks
+import scaling
 from data import InputError, Problem
+from metrics import as_table, by_group, intervals, measure
 from models import check_precision, load_checkpoint
 from repair import base_of, begin, read_attempts, wrong
 from runs import (
     COLDEST,
     alone_in,
     as_flag,
-    plot_run,
     read_json,
     reject,
     write_atomically,
@@ -37,97 +39,12 @@ from tasks import (
     OF_ATTEMPTS,
     TASKS,
     Chat,
-    agree,
     check_task,
     load_problems,
     read_chat,
-    stated_answer,
 )
 
-Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
-
-# --- 1. Metrics (section 3 of the paper) -----------------------------------------------------
-
-
-def measure(episodes: list[Episode]) -> dict[str, float]:
-    """Every metric of the README's table, over all episodes; shares and accuracies in [0, 1]."""
-    n, attempts = len(episodes), list(zip(*(e.attempts for e in episodes), strict=True))
-    right = [[attempt.reward == 1.0 for attempt in column] for column in attempts]
-    metrics = {f"acc_t{i}": sum(column) / n for i, column in enumerate(right, start=1)}
-    if len(right) > 1:
-        gained = sum(after > before for before, after in zip(*right[:2], strict=True)) / n
-        lost = sum(after < before for before, after in zip(*right[:2], strict=True)) / n
-        pairs = [e.attempts[:2] for e in episodes]
-        metrics |= {"delta": metrics["acc_t2"] - metrics["acc_t1"]}
-        metrics |= {"delta_i_to_c": gained, "delta_c_to_i": lost}
-        metrics["copied"] = sum(same_statement(e) for e in episodes) / n
-        metrics["edit_ratio"] = sum(edit_ratio(y1.tokens, y2.tokens) for y1, y2 in pairs) / n
-    everything = [attempt for column in attempts for attempt in column]
-    metrics["cut_off"] = sum(not attempt.finished for attempt in everything) / len(everything)
-    answers = [stated_answer(y.text, e.problem.task) for e in episodes for y in e.attempts]
-    metrics["unreadable"] = answers.count(None) / len(answers)
-    for i, column in enumerate(attempts, start=1):
-        metrics[f"length_t{i}"] = sum(len(attempt.tokens) for attempt in column) / n
-    return metrics
-
-
-def same_statement(episode: Episode) -> bool:
-    """Does attempt 2 state the answer of attempt 1? Where none is readable, the texts decide."""
-    one, two = (y.text for y in episode.attempts[:2])
-    return one == two or agree(one, two, episode.problem.task)
-
-
-def edit_ratio(one: list[int], two: list[int]) -> float:
-    """Edit distance over the total length of both attempts, in tokens (Figure 3); in [0, 1].
-
-    Levenshtein distance by Hyyrö's bit-parallel recurrence: bit i of `rise` (`fall`) says that the
-    distance grows (shrinks) by one from row i to i + 1 of the current column.
-    """
-    full, top = (1 << len(one)) - 1, 1 << max(len(one) - 1, 0)
-    where: dict[int, int] = {}
-    for i, token in enumerate(one):
-        where[token] = where.get(token, 0) | 1 << i
-    rise, fall, distance = full, 0, len(one)
-    for token in two:
-        match = where.get(token, 0)
-        diagonal = (((match & rise) + rise) ^ rise) | match | fall
-        right_rise, right_fall = fall | (full & ~(diagonal | rise)), rise & diagonal
-        distance += bool(right_rise & top) - bool(right_fall & top)
-        right_rise = (right_rise << 1) | 1
-        rise = ((right_fall << 1) | ~(diagonal | right_rise)) & full
-        fall = right_rise & diagonal & full
-    distance = distance if one else len(two)
-    return distance / max(len(one) + len(two), 1)
-
-
-def intervals(metrics: dict[str, float], n: int) -> dict[str, tuple[float, float]]:
-    """95 % intervals: Wilson's for shares, Agresti and Min's for delta (paired: same problems)."""
-    shares = [name for name in metrics if name.startswith(("acc_", "delta_", "copied"))]
-    result = {name: wilson(metrics[name], n) for name in shares}
-    if "delta" in metrics:
-        gained, lost = metrics["delta_i_to_c"] * n + 0.5, metrics["delta_c_to_i"] * n + 0.5
-        middle = (gained - lost) / (n + 2)
-        spread = Z95 * ((gained + lost - (gained - lost) ** 2 / (n + 2)) ** 0.5) / (n + 2)
-        result["delta"] = (middle - spread, middle + spread)
-    return result
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    middle = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-    spread = Z95 * (share * (1 - share) / n + Z95**2 / (4 * n**2)) ** 0.5 / (1 + Z95**2 / n)
-    return min(middle - spread, share), max(middle + spread, share)  # against rounding at 0 and 1
-
-
-def by_group(episodes: list[Episode]) -> dict[str, dict[str, float]]:
-    """`measure` of each level and each subject, where the problems have them."""
-    groups: dict[str, list[Episode]] = {}
-    for episode in episodes:
-        level, subject = episode.problem.level, episode.problem.subject
-        for name in (f"level {level}" if level else "", subject):
-            groups.setdefault(name, []).append(episode)
-    return {
-        f"{name} ({len(groups[name])})": measure(groups[name]) for name in sorted(groups) if name
-    }
+# --- 1. Attempts at held-out problems ---------------------------------------------------------
 
 
 def evaluate(model, chat: Chat, problems: list[Problem], sampling: Sampling, begun=()):
@@ -164,17 +81,6 @@ def transcript_line(episode: Episode) -> str:
     return json.dumps({**vars(episode.problem), "x1": episode.x1, "attempts": attempts}) + "\n"
 
 
-def as_table(rows: dict[str, dict[str, float]]) -> str:
-    """The five metrics of the paper and the share of copied answers, a line a model."""
-    names = ["acc_t1", "acc_t2", "delta", "delta_i_to_c", "delta_c_to_i", "copied"]
-    heads = ["acc@t1", "acc@t2", "delta", "i->c", "c->i", "copied"]
-    width = max(16, *(len(row) + 1 for row in rows))
-    lines = [" " * width + "".join(f"{head:>8}" for head in heads)]
-    for row, metrics in rows.items():
-        lines.append(f"{row:{width}}" + "".join(f"{metrics[name]:8.3f}" for name in names))
-    return "\n".join(lines)
-
-
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", help="checkpoint folder, or name on the Hugging Face hub")
@@ -183,6 +89,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", default="test", help="of the problems; code: test or mbpp")
     words = "correct given wrong first attempts: of a JSONL file, or (without FILE) of the base"
     parser.add_argument("--repair", nargs="?", const="", metavar="FILE", help=words)
+    words = f"votes of 2, 4 .. 2 SAMPLES, at temperature {scaling.TEMPERATURE} unless that is given"
+    parser.add_argument("--samples", type=int, default=0, help=words)
     parser.add_argument("--attempts", type=int, default=2)
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     for name, words in OF_ATTEMPTS.items():
@@ -192,7 +100,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         )
     parser.add_argument("--seed", default="eval", help="of sampling, at a temperature above 0")
     parser.add_argument("--out", type=Path, help="folder to write to (default: MODEL/eval)")
-    parser.add_argument("--plot", type=Path, metavar="RUN", help="draw a run's learning curve")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw a run or an evaluation")
     parser.error = reject
     return parser.parse_args(argv)
 
@@ -203,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         with ranks.joined():
             args = ranks.together(parse_flags, argv)
             if args.plot:
-                print(f"wrote {plot_run(args.plot)}")
+                print(f"wrote {figures.draw(args.plot)}")
             else:
                 problems, folder, settings = ranks.together(prepare, args)
                 with alone_in(folder):
@@ -236,17 +144,23 @@ def prepare(args: argparse.Namespace) -> tuple[list[Problem], Path, dict[str, st
         raise InputError(
             f"--temperature {args.temperature} must be 0 (greedy) or {COLDEST} or more"
         )
+    if args.samples < 0 or (args.samples and (args.repair is not None or args.attempts != 2)):
+        raise InputError(
+            "--samples must be 1 or more, and goes with neither --attempts nor --repair"
+        )
+    if args.samples and args.temperature == 0:
+        args.temperature = scaling.TEMPERATURE
     if args.repair is not None and args.attempts < 2:
         raise InputError("--repair needs --attempts 2 or more: the first are given")
     problems = load_problems(args.task, args.split, args.problems, args.data)
     no_settings = ("out", "plot", "rows")
     settings = {key: str(value) for key, value in vars(args).items() if key not in no_settings}
     local = Path(args.model).is_dir()
-    name = (
-        "eval" + f"-{args.split}" * (args.split != "test") + "-repair" * (args.repair is not None)
-    )
+    name = "eval" + f"-{args.split}" * (args.split != "test")
+    name += "-repair" * (args.repair is not None) + "-samples" * bool(args.samples)
     folder = args.out or (Path(args.model) if local else Path("runs") / args.model) / name
-    if read_json(folder / "metrics.json").get("settings", settings) != settings:
+    kept = "scaling.json" if args.samples else "metrics.json"
+    if read_json(folder / kept).get("settings", settings) != settings:
         raise InputError(f"{folder} holds another evaluation: name another folder with --out")
     return problems, folder, settings
 
@@ -280,6 +194,14 @@ def report(args: argparse.Namespace, problems: list[Problem], folder: Path, sett
     model, chat = load(args.model, args)
     if args.repair:
         begun = ranks.gather(ranks.together(file_attempts, args, problems, chat))
+    if args.samples:
+        votes = scaling.compare(
+            lambda *asked: evaluate(model, chat, *asked)[0], problems, args.samples, sampling
+        )
+        record = {"settings": settings, "lines": votes}
+        write_atomically(folder / "scaling.json", json.dumps(record, indent=2))
+        print(f"{scaling.as_votes(votes)}\nwrote {folder}/scaling.json")
+        return
     problems = [episode.problem for episode in begun] or problems
     episodes, metrics = evaluate(model, chat, problems, sampling, begun)
     groups = by_group(episodes)

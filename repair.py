@@ -1,7 +1,7 @@
 """Offline repair: wrong first attempts are given, and a model makes one correction of each.
 
 For programs this is the protocol of MBPP-R (section 6). The paper takes first attempts of PaLM 2,
-which are not public; here they come from a file, or from the base model. Next to read: eval.py.
+which are not public; here they come from a file, or from the base model. Next to read: figures.py.
 """
 
 import sys

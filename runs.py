@@ -1,4 +1,4 @@
-"""What is kept: checkpoints, the run folder, the state to resume from, and the learning curve.
+"""What is kept: checkpoints, the run folder, and the state to resume from.
 
     runs/sums/  config.json     settings, versions, git commit
                 metrics.jsonl   one line a step
@@ -6,7 +6,7 @@
                 results.json    metrics of base and stages on held-out problems
                 base/  stage1/  stage2/     save_pretrained folders with their tokenizer
                 state/          weights, Adam and progress, for --resume
-                curve.png       drawn by `python eval.py --plot`
+                curve.png       drawn by `python eval.py --plot` (figures.py)
 
 What a run needs is written beside its place and then moved there: a kill never leaves half of it.
 The two logs grow by a line per step; state/ remembers how long they were, and --resume cuts them
@@ -384,19 +384,10 @@ def load_state(run: Run, tensors: dict, where: dict) -> None:
             os.truncate(run.folder / name, size)
 
 
-# --- 3. Alarms and the learning curve ----------------------------------------------------------
+# --- 3. Alarms ---------------------------------------------------------------------------------
 
 ALARM_STEPS = 50  # an alarm looks at the mean of so many steps
 ALARM_METRICS = ("acc_t1", "acc_t2", "copied", "cut_off", "kl_t1", "kl_t2")
-PANELS = {
-    "share of sampled episodes": {
-        "acc_t1": "acc@t1",
-        "acc_t2": "acc@t2",
-        "delta": "delta",
-        "copied": "answers copied",
-    },
-    "KL to the base, nats": {"kl_t1": "of attempt 1", "kl_t2": "of attempt 2"},
-}
 
 
 def raise_alarms(lines: list[dict], base: dict, progress: Progress, fresh: bool) -> list[str]:
@@ -420,40 +411,3 @@ def raise_alarms(lines: list[dict], base: dict, progress: Progress, fresh: bool)
         tqdm.write(f"alarm at step {lines[-1]['step']}: {text}")
     progress.raised += new
     return new
-
-
-def plot_run(folder: Path) -> Path:
-    """Draw metrics.jsonl of a run to FOLDER/curve.png; each point is a mean over 10 steps."""
-    lines = read_metrics(folder / "metrics.jsonl")
-    if not lines:
-        raise InputError(f"{folder}/metrics.jsonl holds no step yet: nothing to draw")
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise InputError("--plot needs matplotlib: pip install -r requirements-dev.txt") from error
-    steps = [line["step"] for line in lines]
-    starts = [i for i, line in enumerate(lines) if i == 0 or line["stage"] != lines[i - 1]["stage"]]
-    figure, axes = plt.subplots(
-        len(PANELS), 1, figsize=(8, 5.6), sharex=True, height_ratios=[3, 2], layout="constrained"
-    )
-    for axis, (title, curves) in zip(axes, PANELS.items(), strict=True):
-        for name, label in curves.items():
-            axis.plot(steps, smoothed([line[name] for line in lines]), label=label)
-        for start in starts:
-            axis.axvline(steps[start], color="0.85", zorder=0)
-        axis.set_ylabel(title)
-        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
-    for start in starts:
-        label = f" Stage {'I' * lines[start]['stage']}"
-        axes[0].text(steps[start], 1.02, label, transform=axes[0].get_xaxis_transform())
-    axes[-1].set_xlabel("step")
-    figure.savefig(folder / "curve.png", dpi=120)
-    plt.close(figure)
-    return folder / "curve.png"
-
-
-def smoothed(values: list[float], window: int = 10) -> list[float]:
-    """The mean of each value and the up to `window` - 1 before it."""
-    windows = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
-    return [sum(part) / len(part) for part in windows]

@@ -3,7 +3,7 @@
 `rollout` samples attempt 1, asks again, samples attempt 2 ... or decodes greedily. Finished rows
 leave the batch, and an attempt is continued from what cache.py holds of those before it. Every draw
 has its own random number, fixed by (seed, problem, sample, attempt, token), so that what a row
-becomes does not depend on the rest of the batch. Next to read: repair.py.
+becomes does not depend on the rest of the batch. Next to read: metrics.py.
 """
 
 import hashlib
@@ -75,7 +75,7 @@ def rollout(
     same problems with first attempts from another model; they are continued, and marked offline.
     part: the episodes to make here, if other processes make the others.
     """
-    uniforms = draw_uniforms(problems, sampling)[part]  # (B, attempts, max_new_tokens)
+    uniforms = draw_uniforms(problems, sampling, part)  # (B, attempts, max_new_tokens)
     problems, begun, episodes = problems[part], begun[part], []
     for start in range(0, len(problems), sampling.rows):
         rows = slice(start, start + sampling.rows)
@@ -165,13 +165,13 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float):
     return token, probabilities.gather(1, token[:, None])[:, 0].log()
 
 
-def draw_uniforms(problems: list[Problem], sampling: Sampling) -> torch.Tensor:
+def draw_uniforms(problems: list[Problem], sampling: Sampling, part: slice) -> torch.Tensor:
     """(B, attempts, max_new_tokens) random numbers in [0, 1), fixed by (seed, problem, sample)."""
-    shape, samples, rows = (sampling.attempts, sampling.max_new_tokens), Counter(), []
+    shape, samples, keys = (sampling.attempts, sampling.max_new_tokens), Counter(), []
     for problem in problems:
         samples[problem.id] += 1
-        generator = seeded(f"{sampling.seed}|{problem.id}|{samples[problem.id]}")
-        rows.append(torch.rand(shape, generator=generator))
+        keys.append(f"{sampling.seed}|{problem.id}|{samples[problem.id]}")
+    rows = [torch.rand(shape, generator=seeded(key)) for key in keys[part]]
     return torch.stack(rows) if rows else torch.empty(0, *shape)
 
 

@@ -45,7 +45,8 @@ import models
 import ranks
 import runs
 from data import InputError, Problem
-from eval import as_table, as_text, evaluate, measure
+from eval import as_text, evaluate
+from metrics import as_table, measure
 from runs import Progress, Run
 from sample import Episode, Sampling, askable, collate, micro_batches, pick, rollout, transcript
 from tasks import Chat, load_problems, read_chat, settings_of

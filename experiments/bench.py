@@ -133,8 +133,8 @@ def force(lengths: list[list[int]]) -> None:
     """Let every sampled attempt end where `lengths` says: a uniform of 2 draws the end token."""
     draw_uniforms, draw = sample.draw_uniforms, sample.draw
 
-    def uniforms_with_ends(problems, sampling):
-        uniforms = draw_uniforms(problems, sampling)
+    def uniforms_with_ends(problems, sampling, part):
+        uniforms = draw_uniforms(problems, sampling, part)
         for row, ends in zip(uniforms, lengths, strict=False):
             for attempt, end in zip(row, ends, strict=True):
                 attempt[end - 1] = 2.0

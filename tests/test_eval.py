@@ -8,7 +8,7 @@ import pytest
 
 import eval as evaluation
 from data import Problem
-from eval import by_group, edit_ratio, intervals, measure
+from metrics import by_group, edit_ratio, intervals, measure
 from sample import Attempt, Episode, Sampling
 
 PROBLEM = Problem("1+1 =", "2", "sums", "p")

@@ -8,6 +8,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 import eval as evaluation
+import metrics
 import score
 from experiments import memory
 from runs import check_settings, parse_flags
@@ -83,11 +84,11 @@ def test_the_settings_of_math_are_table_8():
 def test_every_metric_is_in_its_table():
     attempt = Attempt([1], [0.0], "1", True, 1.0)
     problem = score.Problem("1+1 =", "2", "sums", "p")
-    logged = set(evaluation.measure([Episode(problem, [1], (attempt, attempt))]))
+    logged = set(metrics.measure([Episode(problem, [1], (attempt, attempt))]))
     logged |= {"kl_t1", "kl_t2", "grad_norm", "on_policy_gap", "seconds", "alarms"}
     assert not {name for name in logged if f"`{name}`" not in README}
 
 
 def test_every_function_it_names_exists():
-    for module, name in re.findall(r"`(score|sample|eval|runs)\.(?!py`)(\w+)`", README):
+    for module, name in re.findall(r"`(score|sample|metrics|eval|runs)\.(?!py`)(\w+)`", README):
         assert hasattr(__import__(module), name), f"{module}.{name}"

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 import eval as evaluation
 import runs
 import score
+from figures import draw
 from models import load_checkpoint, save_checkpoint
-from runs import ALARM_STEPS, Progress, plan_of, plot_run, raise_alarms
+from runs import ALARM_STEPS, Progress, plan_of, raise_alarms
 from sft import builtin_model, builtin_tokenizer
 
 SMALL = ["--batch", "8", "--k", "2", "--steps1", "5", "--steps2", "3", "--problems", "8"]
@@ -415,4 +416,4 @@ def test_the_builtin_model_is_the_same_in_memory_and_on_disk(tmp_path, monkeypat
 def test_an_empty_run_has_no_curve(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(score.InputError, match="no step"):
-        plot_run(tmp_path)
+        draw(tmp_path)

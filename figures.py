@@ -1,0 +1,136 @@
+"""Pictures of what was measured, by `python eval.py --plot FOLDER`; they need matplotlib.
+
+    a run folder           curve.png     what happened in training
+    an evaluation          attempts.png  accuracy of each attempt (Figure 8), how much of an answer
+                                         attempt 2 changes (Figure 3), gains by level (Figure 7)
+    votes, by --samples    scaling.png   samples against corrections (Figure 1, right)
+
+Next to read: eval.py.
+"""
+
+import json
+from pathlib import Path
+
+from data import InputError
+from metrics import edit_ratio, wilson
+from runs import read_json, read_metrics
+from sources import read_jsonl
+
+PANELS = {
+    "share of sampled episodes": {
+        "acc_t1": "acc@t1",
+        "acc_t2": "acc@t2",
+        "delta": "delta",
+        "copied": "answers copied",
+    },
+    "KL to the base, nats": {"kl_t1": "of attempt 1", "kl_t2": "of attempt 2"},
+}
+BINS = [n / 20 for n in range(21)]  # of the edit distance ratio
+
+
+def draw(folder: Path) -> Path:
+    """Draw what a folder holds; InputError if that is nothing."""
+    for name, painter in (
+        ("metrics.jsonl", draw_curve),
+        ("transcripts.jsonl", draw_attempts),
+        ("scaling.json", draw_votes),
+    ):
+        if (folder / name).exists():
+            return painter(folder)
+    raise InputError(f"--plot {folder} holds no run and no evaluation: name a folder of either")
+
+
+def canvas(rows: int, columns: int, size: tuple[float, float], **settings):
+    """A figure of matplotlib and its axes, without frames above and to the right."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("--plot needs matplotlib: pip install -r requirements-dev.txt") from error
+    figure = Figure(size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **settings)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes.flat)
+
+
+def save(figure, path: Path) -> Path:
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def draw_curve(folder: Path) -> Path:
+    """metrics.jsonl of a run; each point is a mean over 10 steps."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    if not lines:
+        raise InputError(f"{folder}/metrics.jsonl holds no step yet: nothing to draw")
+    steps = [line["step"] for line in lines]
+    starts = [i for i, line in enumerate(lines) if i == 0 or line["stage"] != lines[i - 1]["stage"]]
+    figure, axes = canvas(len(PANELS), 1, (8, 5.6), sharex=True, height_ratios=[3, 2])
+    for axis, (title, curves) in zip(axes, PANELS.items(), strict=True):
+        for name, label in curves.items():
+            axis.plot(steps, smoothed([line[name] for line in lines]), label=label)
+        for start in starts:
+            axis.axvline(steps[start], color="0.85", zorder=0)
+        axis.set_ylabel(title)
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    for start in starts:
+        label = f" Stage {'I' * lines[start]['stage']}"
+        axes[0].text(steps[start], 1.02, label, transform=axes[0].get_xaxis_transform())
+    axes[-1].set_xlabel("step")
+    return save(figure, folder / "curve.png")
+
+
+def smoothed(values: list[float], window: int = 10) -> list[float]:
+    """The mean of each value and the up to `window` - 1 before it."""
+    windows = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in windows]
+
+
+def draw_attempts(folder: Path) -> Path:
+    """transcripts.jsonl of an evaluation, and its metrics by level if there are any."""
+    rows = [row["attempts"] for row in read_jsonl(folder / "transcripts.jsonl")]
+    if not rows or len(rows[0]) < 2:
+        raise InputError(f"--plot {folder} needs an evaluation of two attempts or more")
+    groups = read_json(folder / "metrics.json").get("groups", {})
+    levels = {name: group for name, group in groups.items() if name.startswith("level ")}
+    panels = 3 if levels else 2
+    figure, axes = canvas(1, panels, (4.5 * panels, 3.6))
+    numbers = list(range(1, len(rows[0]) + 1))
+    shares = [sum(y["reward"] for y in column) / len(rows) for column in zip(*rows, strict=True)]
+    bounds = [wilson(share, len(rows)) for share in shares]
+    axes[0].plot(numbers, shares, marker="o")
+    axes[0].fill_between(numbers, *zip(*bounds, strict=True), alpha=0.15)
+    axes[0].set_xticks(numbers)
+    axes[0].set_xlabel("attempt")
+    axes[0].set_ylabel("accuracy, with 95 % intervals")
+    ratios = [edit_ratio(one["tokens"], two["tokens"]) for one, two, *_ in rows]
+    axes[1].hist(ratios, BINS, weights=[1 / len(rows)] * len(rows))
+    axes[1].set_xlabel("edit distance of attempts 1 and 2 over their length")
+    axes[1].set_ylabel("share of problems")
+    if levels:
+        names = [name.split()[1] for name in levels]
+        for shift, metric, label in ((-0.2, "delta_i_to_c", "i→c"), (0.2, "delta_c_to_i", "c→i")):
+            places = [i + shift for i in range(len(names))]
+            axes[2].bar(places, [g[metric] for g in levels.values()], width=0.4, label=label)
+        axes[2].set_xticks(range(len(names)), names)
+        axes[2].set_xlabel("level")
+        axes[2].set_ylabel("share of its problems")
+        axes[2].legend(frameon=False)
+    return save(figure, folder / "attempts.png")
+
+
+def draw_votes(folder: Path) -> Path:
+    """scaling.json: accuracy of both votes over their budget, with 95 % intervals."""
+    lines = json.loads((folder / "scaling.json").read_text())["lines"]
+    figure, (axis,) = canvas(1, 1, (6, 4))
+    budgets = [line["budget"] for line in lines]
+    for name in ("parallel", "sequential"):
+        bounds = [wilson(line[name], line["problems"]) for line in lines]
+        axis.plot(budgets, [line[name] for line in lines], marker="o", label=name)
+        axis.fill_between(budgets, *zip(*bounds, strict=True), alpha=0.15)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(budgets, budgets)
+    axis.set_xlabel("samples of a problem")
+    axis.set_ylabel("accuracy of the majority's answer")
+    axis.legend(frameon=False)
+    return save(figure, folder / "scaling.png")

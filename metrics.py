@@ -1,0 +1,102 @@
+"""How good is it? The metrics of section 3 of the paper, over the episodes of a model.
+
+delta_i_to_c and delta_c_to_i are fractions of ALL problems, so that acc_t2 - acc_t1 =
+delta_i_to_c - delta_c_to_i. Next to read: scaling.py.
+"""
+
+from sample import Episode
+from tasks import agree, stated_answer
+
+Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
+
+
+def measure(episodes: list[Episode]) -> dict[str, float]:
+    """Every metric of the README's table, over all episodes; shares and accuracies in [0, 1]."""
+    n, attempts = len(episodes), list(zip(*(e.attempts for e in episodes), strict=True))
+    right = [[attempt.reward == 1.0 for attempt in column] for column in attempts]
+    metrics = {f"acc_t{i}": sum(column) / n for i, column in enumerate(right, start=1)}
+    if len(right) > 1:
+        gained = sum(after > before for before, after in zip(*right[:2], strict=True)) / n
+        lost = sum(after < before for before, after in zip(*right[:2], strict=True)) / n
+        pairs = [e.attempts[:2] for e in episodes]
+        metrics |= {"delta": metrics["acc_t2"] - metrics["acc_t1"]}
+        metrics |= {"delta_i_to_c": gained, "delta_c_to_i": lost}
+        metrics["copied"] = sum(same_statement(e) for e in episodes) / n
+        metrics["edit_ratio"] = sum(edit_ratio(y1.tokens, y2.tokens) for y1, y2 in pairs) / n
+    everything = [attempt for column in attempts for attempt in column]
+    metrics["cut_off"] = sum(not attempt.finished for attempt in everything) / len(everything)
+    answers = [stated_answer(y.text, e.problem.task) for e in episodes for y in e.attempts]
+    metrics["unreadable"] = answers.count(None) / len(answers)
+    for i, column in enumerate(attempts, start=1):
+        metrics[f"length_t{i}"] = sum(len(attempt.tokens) for attempt in column) / n
+    return metrics
+
+
+def same_statement(episode: Episode) -> bool:
+    """Does attempt 2 state the answer of attempt 1? Where none is readable, the texts decide."""
+    one, two = (y.text for y in episode.attempts[:2])
+    return one == two or agree(one, two, episode.problem.task)
+
+
+def edit_ratio(one: list[int], two: list[int]) -> float:
+    """Edit distance over the total length of both attempts, in tokens (Figure 3); in [0, 1].
+
+    Levenshtein distance by Hyyrö's bit-parallel recurrence: bit i of `rise` (`fall`) says that the
+    distance grows (shrinks) by one from row i to i + 1 of the current column.
+    """
+    full, top = (1 << len(one)) - 1, 1 << max(len(one) - 1, 0)
+    where: dict[int, int] = {}
+    for i, token in enumerate(one):
+        where[token] = where.get(token, 0) | 1 << i
+    rise, fall, distance = full, 0, len(one)
+    for token in two:
+        match = where.get(token, 0)
+        diagonal = (((match & rise) + rise) ^ rise) | match | fall
+        right_rise, right_fall = fall | (full & ~(diagonal | rise)), rise & diagonal
+        distance += bool(right_rise & top) - bool(right_fall & top)
+        right_rise = (right_rise << 1) | 1
+        rise = ((right_fall << 1) | ~(diagonal | right_rise)) & full
+        fall = right_rise & diagonal & full
+    distance = distance if one else len(two)
+    return distance / max(len(one) + len(two), 1)
+
+
+def intervals(metrics: dict[str, float], n: int) -> dict[str, tuple[float, float]]:
+    """95 % intervals: Wilson's for shares, Agresti and Min's for delta (paired: same problems)."""
+    shares = [name for name in metrics if name.startswith(("acc_", "delta_", "copied"))]
+    result = {name: wilson(metrics[name], n) for name in shares}
+    if "delta" in metrics:
+        gained, lost = metrics["delta_i_to_c"] * n + 0.5, metrics["delta_c_to_i"] * n + 0.5
+        middle = (gained - lost) / (n + 2)
+        spread = Z95 * ((gained + lost - (gained - lost) ** 2 / (n + 2)) ** 0.5) / (n + 2)
+        result["delta"] = (middle - spread, middle + spread)
+    return result
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    middle = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    spread = Z95 * (share * (1 - share) / n + Z95**2 / (4 * n**2)) ** 0.5 / (1 + Z95**2 / n)
+    return min(middle - spread, share), max(middle + spread, share)  # against rounding at 0 and 1
+
+
+def by_group(episodes: list[Episode]) -> dict[str, dict[str, float]]:
+    """`measure` of each level and each subject, where the problems have them."""
+    groups: dict[str, list[Episode]] = {}
+    for episode in episodes:
+        level, subject = episode.problem.level, episode.problem.subject
+        for name in (f"level {level}" if level else "", subject):
+            groups.setdefault(name, []).append(episode)
+    return {
+        f"{name} ({len(groups[name])})": measure(groups[name]) for name in sorted(groups) if name
+    }
+
+
+def as_table(rows: dict[str, dict[str, float]]) -> str:
+    """The five metrics of the paper and the share of copied answers, a line a model."""
+    names = ["acc_t1", "acc_t2", "delta", "delta_i_to_c", "delta_c_to_i", "copied"]
+    heads = ["acc@t1", "acc@t2", "delta", "i->c", "c->i", "copied"]
+    width = max(16, *(len(row) + 1 for row in rows))
+    lines = [" " * width + "".join(f"{head:>8}" for head in heads)]
+    for row, metrics in rows.items():
+        lines.append(f"{row:{width}}" + "".join(f"{metrics[name]:8.3f}" for name in names))
+    return "\n".join(lines)
