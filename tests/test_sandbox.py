@@ -209,10 +209,9 @@ def test_walking_frames_and_objects_finds_no_expected_value():
             seen += [repr(thing) for thing in gc.get_objects() if type(thing) in (tuple, dict)]
             return int("9182" + str(x)) if any("9182" + str(x) in text for text in seen) else None
     """)
-    space, expected = {}, int("9182736")
-    exec(hunt, space)
-    assert space["f"](736) == expected  # where the value is in a frame, it finds it
-    assert not check(hunt, [f"assert f(736) == {expected}"])
+    naive = [sys.executable, "-c", f"{hunt}\nexpected = 9182736\nassert f(736) == expected"]
+    assert subprocess.run(naive, check=False).returncode == 0  # it finds what is in a frame
+    assert not check(hunt, ["assert f(736) == 9182736"])
 
 
 def test_patched_builtins_do_not_reach_the_judge():
