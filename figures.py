@@ -74,7 +74,7 @@ def draw_curve(folder: Path) -> Path:
         axis.set_ylabel(title)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     for start in starts:
-        label = f" Stage {'I' * lines[start]['stage']}"
+        label = (" single-turn RL", " Stage I", " Stage II")[lines[start]["stage"]]
         axes[0].text(steps[start], 1.02, label, transform=axes[0].get_xaxis_transform())
     axes[-1].set_xlabel("step")
     return save(figure, folder / "curve.png")

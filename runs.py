@@ -87,9 +87,12 @@ class Progress:
 
 
 def plan_of(stage: str) -> list[tuple[int, str]]:
-    """Stages and the names of their folders: "1,2,1" -> (1, stage1), (2, stage2), (1, stage1-2)."""
+    """Stages and the names of their folders: "1,2,1" -> (1, stage1), (2, stage2), (1, stage1-2).
+
+    0 is single-turn RL, which SCoRe is compared with.
+    """
     stages = [part.strip() for part in stage.split(",")]
-    if not set(stages) <= {"1", "2"}:
+    if not set(stages) <= {"0", "1", "2"}:
         raise InputError(f"--stage {stage} is unknown: name stages 1 and 2, such as 1 or 1,2,1,2")
     again = [stages[:i].count(name) for i, name in enumerate(stages)]
     names = [f"stage{s}" + (f"-{n + 1}" if n else "") for s, n in zip(stages, again, strict=True)]
@@ -249,7 +252,8 @@ def settings_to_follow(folder: Path, typed: dict) -> dict:
     if settings is None:
         raise InputError(f"{folder / 'config.json'} is missing: restore it, or name another --out")
     finished = {name for _, name in plan_of(settings["stage"])} <= set(results)
-    if typed.get("stage") != "2" or not finished or "stage2" in results:
+    follows = "stage1" in results and "stage2" not in results
+    if typed.get("stage") != "2" or not finished or not follows:
         raise InputError(
             f"--out {folder} holds a run already: go on with it by --resume if it was "
             "interrupted, or begin a new one with another --out"

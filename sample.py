@@ -15,7 +15,7 @@ import torch
 
 from cache import cache_for
 from data import InputError, Problem
-from tasks import TASKS, Chat
+from tasks import TASKS, Chat, load_problems, read_chat
 
 # --- 1. What flows ---------------------------------------------------------------------------
 
@@ -195,6 +195,13 @@ def askable(problems, model, chat: Chat, sampling: Sampling) -> list[Problem]:
 
 
 # --- 3. For training: what is asked, and transcripts of the attempts ----------------------------
+
+
+def asked(cfg, model, tokenizer) -> tuple[Chat, list[Problem]]:
+    """The Chat of a model, and the problems of a run's settings that leave room for attempts."""
+    chat = read_chat(tokenizer, model, cfg.task)
+    problems = load_problems(cfg.task, "train", data=cfg.data, ids=cfg.ids)
+    return chat, askable(problems, model, chat, Sampling(2, cfg.max_new_tokens))
 
 
 def pick(problems: list[Problem], count: int, number: int, seed: int) -> list[Problem]:

@@ -48,8 +48,8 @@ from data import InputError, Problem
 from eval import as_text, evaluate
 from metrics import as_table, measure
 from runs import Progress, Run
-from sample import Episode, Sampling, askable, collate, micro_batches, pick, rollout, transcript
-from tasks import Chat, load_problems, read_chat, settings_of
+from sample import Episode, Sampling, asked, collate, micro_batches, pick, rollout, transcript
+from tasks import Chat, load_problems, settings_of
 
 
 def flag(default, words: str):
@@ -61,7 +61,7 @@ def flag(default, words: str):
 class Config:
     """All settings of a run. Defaults are the built-in task's; other tasks set theirs in TASKS."""
 
-    stage: str = flag("1,2", "stages in order, such as 1 or 1,2,1,2")
+    stage: str = flag("1,2", "stages in order, such as 1 or 1,2,1,2; 0: single-turn RL")
     model: str = flag("builtin", "base: builtin, folder or hub name")
     init: str = flag("", "checkpoint folder to start the policy from (default: base, or Stage I)")
     task: str = flag("sums", "what to learn: sums, math or code")
@@ -193,6 +193,11 @@ def stage2_objective(y1: Scored, y2: Scored, beta1: float, alpha: float) -> torc
     )  # fmt: skip
 
 
+def single_turn_objective(y1: Scored, beta1: float) -> torch.Tensor:
+    """Eq. 2 (ICLR) on y1 alone, with which SCoRe is compared (Table 4): --stage 0; (B,)."""
+    return reinforce(y1, y1.r - y1.siblings) - beta1 * kl_penalty(y1)
+
+
 # --- 5. One update ---------------------------------------------------------------------------
 
 
@@ -257,7 +262,9 @@ def update(learner: Learner, episodes: list[Episode], stage: int) -> dict[str, f
             Scored(r[batch, i], siblings[batch, i], logp * (own == i + 1), kl * (own == i + 1))
             for i in range(2)
         )
-        if stage == 1:
+        if stage == 0:
+            objective = single_turn_objective(y1, cfg.beta1)
+        elif stage == 1:
             objective = stage1_objective(y1, y2, cfg.beta1, cfg.beta2)
         else:
             objective = stage2_objective(y1, y2, cfg.beta1, cfg.alpha)
@@ -286,7 +293,7 @@ def train(learner: Learner, run: Run, progress: Progress) -> None:
     cfg, plan = learner.cfg, runs.plan_of(learner.cfg.stage)
     while progress.index < len(plan):
         stage, name = plan[progress.index]
-        steps = cfg.steps1 if stage == 1 else cfg.steps2
+        steps = cfg.steps2 if stage == 2 else cfg.steps1
         with tqdm(total=steps, initial=progress.step, desc=name, unit="step") as bar:
             while progress.step < steps:
                 line = one_step(learner, run, progress, stage)
@@ -295,7 +302,7 @@ def train(learner: Learner, run: Run, progress: Progress) -> None:
                 bar.set_postfix({key: f"{line[key]:.2f}" for key in ("acc_t1", "acc_t2", "copied")})
                 window_full, last = progress.step % cfg.save_every == 0, progress.step == steps
                 if window_full or (last and steps < cfg.save_every):
-                    keep_best(learner, run, progress, name)
+                    keep_best(learner, run, progress, stage, name)
                 if window_full or last or run.signal:
                     save(learner, run, progress)
                 if run.signal:
@@ -338,13 +345,14 @@ def sample(learner: Learner, problems: list[Problem], seed: str) -> list[Episode
     return continued + attempt(policy, problems[split:], sampling)
 
 
-def keep_best(learner: Learner, run: Run, progress: Progress, name: str) -> None:
-    """Export the policy if acc@t2, over the steps since the last save, is the stage's best.
+def keep_best(learner: Learner, run: Run, progress: Progress, stage: int, name: str) -> None:
+    """Export the policy if its reward, over the steps since the last save, is the stage's best.
 
-    NOT IN PAPER: "highest training reward" is read as attempt 2's, smoothed over those steps.
+    NOT IN PAPER: "highest training reward" is read as attempt 2's, smoothed over those steps;
+    in single-turn RL as attempt 1's.
     """
-    since = min(progress.step, learner.cfg.save_every)
-    reward = sum(line["acc_t2"] for line in run.lines[-since:]) / since
+    since, paid = min(progress.step, learner.cfg.save_every), "acc_t1" if stage == 0 else "acc_t2"
+    reward = sum(line[paid] for line in run.lines[-since:]) / since
     if reward >= progress.best:
         progress.best, policy = reward, ranks.plain(learner.policy, learner.plain)
         if ranks.rank() == 0:
@@ -401,15 +409,9 @@ def resume(typed: dict) -> tuple[Learner, Run, Progress]:
 def build(cfg: Config, init: str, same_base: bool) -> Learner:
     """The frozen base model as reference, and the policy, which begins as `init` or as its copy."""
     policy, ref, tokenizer = models.load_pair(cfg, init, same_base)
-    chat, problems = ranks.together(what_is_asked, cfg, ref, tokenizer)
+    chat, problems = ranks.together(asked, cfg, ref, tokenizer)
     plain = models.spread(policy, ref, cfg.precision)
     return Learner(policy, ref, plain, models.adam(policy, cfg.lr), chat, problems, cfg)
-
-
-def what_is_asked(cfg: Config, ref, tokenizer) -> tuple[Chat, list[Problem]]:
-    chat = read_chat(tokenizer, ref, cfg.task)
-    problems = load_problems(cfg.task, "train", data=cfg.data, ids=cfg.ids)
-    return chat, askable(problems, ref, chat, Sampling(2, cfg.max_new_tokens))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -439,7 +441,7 @@ def go(typed: dict) -> int:
         return 0 if run.signal == signal.SIGTERM else 130
     table = as_table({name: row for name, row in run.results.items() if name != "base, sampled"})
     print(f"done in {time.perf_counter() - began:.0f} s; greedy on held-out problems:\n{table}")
-    ended = "stage2" in run.results
+    ended = {"stage0", "stage2"} & set(run.results)
     print("next:", runs.evaluating(cfg) if ended else runs.command(cfg, "--stage 2"))
     return 0
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from conftest import read_state
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
+import models
+import ranks
 import runs
 import score
 from figures import draw
@@ -195,14 +198,45 @@ def test_a_short_last_window_does_not_choose_the_checkpoint(
 ):
     seen, keep_best = [], score.keep_best
 
-    def recorded(learner, run, progress, name):
+    def recorded(learner, run, progress, *stage):
         seen.append(progress.step)
-        keep_best(learner, run, progress, name)
+        keep_best(learner, run, progress, *stage)
 
     monkeypatch.setattr(score, "keep_best", recorded)
     flags = ["--model", checkpoint, "--out", tmp_path / "run", *SMALL, "--steps1", steps1]
     assert run_score(*flags) == 0
     assert seen == saved_at
+
+
+def test_single_turn_rl_is_a_run_of_its_own(checkpoint, tmp_path, capsys):
+    out = tmp_path / "single"
+    flags = ["--model", checkpoint, "--out", out, *SMALL]
+    assert run_score(*flags, "--stage", "0", "--steps1", 3, "--save-every", 1) == 0
+    assert set(tree(out)["results"]) == {"base", "base, sampled", "stage0"}
+    assert f"next: python eval.py --model {out}/stage0" in capsys.readouterr().out
+    assert run_score("--out", out, "--stage", "2") == 2  # Stage II goes on from Stage I alone
+    assert "holds a run already" in capsys.readouterr().err
+    assert draw(out).stat().st_size > 5000
+
+
+def test_the_checkpoint_of_single_turn_rl_is_that_of_the_best_first_attempts(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(models, "save_checkpoint", lambda folder, *_: saved.append(folder.name))
+    monkeypatch.setattr(ranks, "plain", lambda *_: None)
+    learner = SimpleNamespace(
+        policy=None,
+        plain=None,
+        chat=SimpleNamespace(tokenizer=None),
+        cfg=score.Config(save_every=1),
+    )
+    run, progress = runs.Run(tmp_path), Progress()
+    for stage, lines in ((0, [(0.1, 0.9), (0.2, 0.1), (0.1, 0.9)]), (1, [(0.9, 0.1), (0.1, 0.2)])):
+        progress.best, name = -1.0, f"stage{stage}"
+        for acc_t1, acc_t2 in lines:
+            run.lines.append({"acc_t1": acc_t1, "acc_t2": acc_t2})
+            progress.step += 1
+            score.keep_best(learner, run, progress, stage, name)
+    assert saved == ["stage0", "stage0", "stage1", "stage1"]
 
 
 def test_two_commands_never_write_to_one_folder(checkpoint, tmp_path, capsys):
@@ -379,7 +413,7 @@ def test_the_curve_is_drawn(finished, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     assert evaluation.main(["--plot", str(finished)]) == 0
     assert (finished / "curve.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert evaluation.main(["--plot", str(finished)]) == 2
     assert "pip install -r requirements-dev.txt" in capsys.readouterr().err
 

@@ -18,6 +18,7 @@ from score import (
     bonus,
     kl_divergence,
     leave_one_out,
+    single_turn_objective,
     stage1_objective,
     stage2_objective,
     update,
@@ -68,6 +69,8 @@ def equation(stage, policy, ref):
     one, two = log_one.exp(), log_two.exp()
     kl_one = (one * (log_one - ref_one)).sum()
     kl_two = (two * (log_two - ref_two)).sum(dim=1)  # (9,) by y1
+    if stage == 0:
+        return one @ R1 - BETA1 * kl_one
     if stage == 1:
         return one.detach() @ (two @ R1 - BETA1 * kl_two) - BETA2 * kl_one
     shaped = R1[None, :] + ALPHA * (R1[None, :] - R1[:, None])  # (y1, y2)
@@ -95,7 +98,9 @@ def surrogate(stage, policy, ref, k=2):
         )
         for n in (1, 2)
     )
-    if stage == 1:
+    if stage == 0:
+        objective = single_turn_objective(y1, BETA1)
+    elif stage == 1:
         objective = stage1_objective(y1, y2, BETA1, BETA2)
     else:
         objective = stage2_objective(y1, y2, BETA1, ALPHA)
@@ -110,6 +115,16 @@ def test_the_gradient_is_exactly_that_of_the_equation(stage):
     for one, two in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-9)
         assert two.abs().max() > 1e-3  # the equation does pull on these logits
+
+
+def test_single_turn_rl_is_eq_2_on_attempt_1_and_leaves_attempt_2_alone():
+    policy, ref = Tabular(seed=1), Tabular(seed=2)
+    expected = torch.autograd.grad(equation(0, policy, ref), policy.logits[:2])
+    actual = torch.autograd.grad(surrogate(0, policy, ref), policy.logits)
+    for one, two in zip(actual[:2], expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-9)
+        assert two.abs().max() > 1e-3
+    assert all(gradient.abs().max() == 0 for gradient in actual[2:])
 
 
 def test_of_three_unbiased_kl_gradients_the_exact_one_has_the_least_variance():
