@@ -63,7 +63,7 @@ class Config:
 
     stage: str = flag("1,2", "stages in order, such as 1 or 1,2,1,2; 0: single-turn RL")
     model: str = flag("builtin", "base: builtin, folder or hub name")
-    init: str = flag("", "checkpoint folder to start the policy from (default: base, or Stage I)")
+    init: str = flag("", "checkpoint to start the policy from, not the base, or Stage I")
     task: str = flag("sums", "what to learn: sums, math or code")
     data: str = flag("", "folder of the task's JSONL files, not the Hugging Face hub")
     ids: str = flag("", "of MBPP's problems to train on; NOT STATED")
