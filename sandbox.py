@@ -37,6 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from judge import WALL
+from sources import InputError
 from wire import receive, send
 
 # More than cores, since an endless loop blocks one to its end; processes of torchrun share cores.
@@ -44,7 +45,7 @@ WORKERS = max(16, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE"
 GRACE = 5.0  # seconds that a judge may take longer than its program
 
 
-class SandboxError(Exception):
+class SandboxError(InputError):
     """The sandbox does not work here: never a verdict on a program."""
 
 
@@ -77,7 +78,7 @@ class Judge:
                     start_new_session=True,
                 )
         except OSError as error:
-            raise SandboxError(f"the sandbox cannot start: {error}") from error
+            raise SandboxError(f"the sandbox cannot start here: {error}") from error
         try:
             verdicts = [self.ask(program, [test], 60.0) for program, test, _ in CHECKS]
         except (EOFError, OSError) as error:
@@ -86,7 +87,10 @@ class Judge:
         expected = [right for _, _, right in CHECKS]
         if passed != expected and not (missing == "seccomp" and passed[:2] == expected[:2]):
             self.close()
-            raise SandboxError(f"the sandbox does not work here: {passed}, expected {expected}")
+            raise SandboxError(
+                f"the sandbox does not work here (its checks gave {passed}, not {expected}): "
+                "use another machine or container for --task code"
+            )
         if missing:
             warn_once(missing)
 

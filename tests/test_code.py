@@ -345,6 +345,16 @@ def test_bad_input_is_one_sentence_and_status_2(flags, words, coder, tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
+def test_a_sandbox_that_does_not_work_is_one_sentence(coder, tmp_path, monkeypatch, capsys):
+    sandbox.close()
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    flags = ["--model", coder, "--task", "code", "--data", CODE, "--out", tmp_path / "out"]
+    assert run_eval(*flags, "--max-new-tokens", "4") == 2
+    message = capsys.readouterr().err
+    assert "the sandbox does not work here" in message and "Traceback" not in message
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.skipif(
     not REAL.exists(),
     reason="MBPP and HumanEval are not here: name their folder in REAL_DATA to run all references",

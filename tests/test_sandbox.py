@@ -26,7 +26,7 @@ SQUARE = "def f(x):\n    return x * x\n"
 SQUARES = ["assert f(3) == 9", "assert f(5) == 25"]
 SECONDS = 1.0  # of programs that never end
 ROOT = Path(sandbox.__file__).parent
-SOURCES = ("sandbox", "judge", "confine", "wire")
+SOURCES = ("sandbox", "judge", "confine", "wire", "sources")
 
 
 def check(program: str, tests: list[str] | str = SQUARES, timeout: float = 20.0) -> bool:
