@@ -21,8 +21,7 @@ bonus. With α = 10, a right y1 would be paid r1 - α r1 = -9.
 
     python score.py                 base model, Stage I and Stage II on column addition, on a CPU
     python score.py --stage 1       only Stage I; then --stage 2 goes on from there
-    python score.py --task math     as in the paper: Gemma 2 2B on MATH, on one GPU of 80 GB
-    python score.py --task code     and on MBPP, to write the programs of HumanEval
+    python score.py --task math     Gemma 2 2B on MATH, or --task code: MBPP; one GPU of 80 GB
     torchrun --nproc_per_node=8 score.py ...     the same on many (ranks.py)
 
 Left out: a value model (siblings are the baseline), PPO's ratio and clipping (one update a batch,
