@@ -270,6 +270,15 @@ def assert_same(one, two):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(scale))
 
 
+def test_an_update_of_single_turn_rl_follows_r1_and_not_r2(learner, episodes):
+    pairs = [[y.reward for y in episode.attempts] for episode in episodes]
+    other_r2 = [with_rewards(e, [r1, 1 - r2]) for e, (r1, r2) in zip(episodes, pairs, strict=True)]
+    other_r1 = [with_rewards(e, [1 - r1, r2]) for e, (r1, r2) in zip(episodes, pairs, strict=True)]
+    expected = gradient(learner, episodes, 0)[0]
+    assert_same(gradient(learner, other_r2, 0)[0], expected)
+    assert_same([-g for g in gradient(learner, other_r1, 0)[0]], expected)  # the KL is zero yet
+
+
 def test_sampled_log_probs_equal_the_scored_ones_for_both_attempts(learner, episodes):
     logp, _, own = score.score(learner, *collated(learner, episodes))
     lengths = {len(y.tokens) for e in episodes for y in e.attempts}
