@@ -41,7 +41,8 @@ from sources import InputError
 from wire import receive, send
 
 # More than cores, since an endless loop blocks one to its end; processes of torchrun share cores.
-WORKERS = max(16, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+CORES = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+WORKERS = min(max(16, CORES), 64)
 GRACE = 5.0  # seconds that a judge may take longer than its program
 
 
