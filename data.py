@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from sources import InputError, from_hub, read_folder
+from sources import InputError, from_hub, last_box, read_folder, read_ids
 
 COLUMNS = 8  # of a sum; NOT IN PAPER, like all of the built-in task
 SHARE_OF_NINES = 0.5  # columns that add up to 9 pass a carry on, so carries run far
@@ -104,8 +104,7 @@ MATH_TEXTS = ["problem", "solution", "answer", "subject", "type"]
 @cache
 def math_problems(folder: str) -> dict[str, tuple[Problem, ...]]:
     """Both splits, from JSONL files or the hub: the same problems in the same order."""
-    rows = math_rows(folder)
-    splits = {split: as_problems(rows[split], split) for split in ("train", "test")}
+    splits = {split: as_problems(rows, split) for split, rows in math_rows(folder).items()}
     for split in splits:
         if not splits[split]:
             raise InputError(f"--data {folder}: the {split} file holds no problem with an answer")
@@ -158,28 +157,15 @@ def words(question: str) -> str:
     return " ".join(question.split())
 
 
-MARKS = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-
-
-def last_box(text: str) -> str | None:
-    r"""What stands in the last balanced \boxed{..} or \fbox{..} of a text, or None."""
-    opened, box = [], None
-    for mark in MARKS.finditer(text):
-        if mark[0][-1] == "{" and mark[0] != r"\{":
-            opened.append(mark)
-        elif mark[0] == "}" and opened:
-            opening = opened.pop()
-            if len(opening[0]) > 1:
-                box = text[opening.end() : mark.start()].strip()
-    return box
-
-
 # --- 3. MBPP and HumanEval ---------------------------------------------------------------------
 
 HUB_MBPP, HUB_HUMANEVAL = "google-research-datasets/mbpp", "openai/openai_humaneval"
 SHOTS = (2, 3, 4)  # MBPP's ids that the three-shot prompt shows (appendix C)
 MBPP_TEST = range(11, 511)  # its own test split
-CODE_TEXTS = ["text", "code"], ["prompt", "canonical_solution", "test", "entry_point"]
+CODE_TEXTS = {
+    "mbpp": ["text", "code"],
+    "humaneval": ["prompt", "canonical_solution", "test", "entry_point"],
+}
 
 
 def code_problems(split: str, folder: str, ids: str) -> tuple[Problem, ...]:
@@ -190,8 +176,8 @@ def code_problems(split: str, folder: str, ids: str) -> tuple[Problem, ...]:
     wanted = MBPP_TEST if split == "mbpp" else numbers_of(ids)
     found = tuple(mbpp[number] for number in wanted if number in mbpp)
     if not found:
-        name = "11-510" if split == "mbpp" else f"--ids {ids}"
-        raise InputError(f"{folder or HUB_MBPP} has no problem of {name}: name others")
+        asked = f"--ids {ids}" if split == "train" else "11-510"
+        raise InputError(f"{folder or HUB_MBPP} has no problem of {asked}: name others")
     return found
 
 
@@ -199,39 +185,33 @@ def code_problems(split: str, folder: str, ids: str) -> tuple[Problem, ...]:
 def read_code(folder: str) -> tuple[dict[int, Problem], tuple[Problem, ...]]:
     """MBPP by number, and HumanEval, from two files or from the hub."""
     if folder:
-        parts = zip(("mbpp", "humaneval"), CODE_TEXTS, strict=True)
-        rows = [read_folder(Path(folder), {name: [name]}, texts)[name] for name, texts in parts]
+        files = CODE_TEXTS.items()
+        mbpp, humaneval = (read_folder(Path(folder), {n: [n]}, texts)[n] for n, texts in files)
     else:
         parts = [(HUB_MBPP, "full", part) for part in ("prompt", "test", "validation", "train")]
-        rows = [from_hub("code", parts), from_hub("code", [(HUB_HUMANEVAL, "test")])]
-    made = []
-    for source, make in zip(rows, (mbpp_problem, humaneval_problem), strict=True):
-        for row in source:
-            try:
-                made.append(make(row))
-                ast.parse("\n".join(made[-1].tests))
-            except (KeyError, TypeError, ValueError, SyntaxError) as error:
-                raise InputError(
-                    f"{folder or 'the hub'}: task_id {row.get('task_id')} is not as those of MBPP "
-                    f"or HumanEval are ({error!r}): mend it"
-                ) from error
-    mbpp = {int(p.id.removeprefix("MBPP/")): p for p in made if not p.given}
-    return mbpp, tuple(problem for problem in made if problem.given)
+        mbpp, humaneval = from_hub("code", parts), from_hub("code", [(HUB_HUMANEVAL, "test")])
+    by_number = {int(row["task_id"]): p for row, p in made_of(mbpp, mbpp_problem, folder)}
+    return by_number, tuple(p for _, p in made_of(humaneval, humaneval_problem, folder))
+
+
+def made_of(rows: list[dict], make, folder: str):
+    """Each row and the problem made of it; InputError names one that cannot be, or its tests."""
+    for row in rows:
+        try:
+            problem = make(row)
+            ast.parse("\n".join(problem.tests))
+        except (KeyError, TypeError, ValueError, SyntaxError) as error:
+            raise InputError(
+                f"{folder or 'the hub'}: task_id {row.get('task_id')} is not as those of MBPP or "
+                f"HumanEval are ({error!r}): mend it"
+            ) from error
+        yield row, problem
 
 
 @cache
 def numbers_of(ids: str) -> tuple[int, ...]:
     """ "5,511-513" -> (5, 511, 512, 513); InputError for what is no such list, or shown to all."""
-    numbers: set[int] = set()
-    for part in ids.split(","):
-        first, _, last = part.partition("-")
-        try:
-            low, high = int(first), int(last or first)
-        except ValueError:
-            low = high = 0
-        if not 0 < low <= high < 10_000:
-            raise InputError(f"--ids {ids} is no list of numbers such as 511-974")
-        numbers |= set(range(low, high + 1))
+    numbers = read_ids(ids)
     if numbers & set(SHOTS):
         raise InputError(f"--ids {ids} has one of {SHOTS}, which every prompt shows: leave it out")
     if numbers & set(MBPP_TEST):
@@ -244,8 +224,7 @@ def mbpp_problem(row: dict) -> Problem:
     shown = row["test_list"]
     if not isinstance(shown, list) or not shown:
         raise TypeError("test_list is no list of tests")
-    listed = "\n".join(shown)
-    question = f"{row['text']} Your code should pass these tests:\n\n{listed}"
+    question = f"{row['text']} Your code should pass these tests:\n\n" + "\n".join(shown)
     tests = (row.get("test_setup_code") or "", *shown)
     return Problem(question, row["code"], "code", f"MBPP/{int(row['task_id'])}", tests=tests)
 
@@ -254,8 +233,8 @@ def humaneval_problem(row: dict) -> Problem:
     """A row of HumanEval; its preamble is run with the tests, too: no program can change that."""
     prompt = row["prompt"]
     tests = (preamble(prompt), row["test"], f"check({row['entry_point']})")
-    answer = prompt + row["canonical_solution"]
-    return Problem(prompt, answer, "code", row["task_id"], tests=tests, given=prompt)
+    right = prompt + row["canonical_solution"]
+    return Problem(prompt, right, "code", row["task_id"], tests=tests, given=prompt)
 
 
 def preamble(prompt: str) -> str:

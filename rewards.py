@@ -17,7 +17,8 @@ import warnings
 
 import sandbox
 from answers import read_answer, same
-from data import Problem, last_box, preamble
+from data import Problem, preamble
+from sources import last_box
 
 # --- 1. Sums -----------------------------------------------------------------------------------
 

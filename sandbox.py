@@ -64,7 +64,8 @@ class Judge:
 
     def __init__(self):
         script = str(Path(__file__).with_name("judge.py"))
-        kept = {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ}
+        environment = {"PYTHONHASHSEED": "0"}  # else sets of texts have another order each time
+        environment |= {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
         try:
             self.channel, theirs = socket.socketpair()
             with theirs:
@@ -72,10 +73,7 @@ class Judge:
                     [sys.executable, "-s", "-S", "-B", script],
                     stdin=theirs,
                     stdout=subprocess.DEVNULL,
-                    env={
-                        **kept,
-                        "PYTHONHASHSEED": "0",
-                    },  # else sets of texts have any order
+                    env=environment,
                     start_new_session=True,
                 )
         except OSError as error:

@@ -11,7 +11,7 @@ NOT STATED: who votes in the second; here corrections only. Next to read: repair
 from dataclasses import replace
 
 from sample import Attempt, Sampling
-from tasks import agree
+from tasks import agree, stated_answer
 
 TEMPERATURE = 0.7  # section 6.2
 
@@ -24,7 +24,7 @@ def vote(attempts: list[Attempt], task: str) -> float:
         group = next(same, None)
         if group is not None:
             group.append(attempt)
-        elif agree(attempt.text, attempt.text, task):  # it states something
+        elif stated_answer(attempt.text, task) is not None:
             groups.append([attempt])
     return max(groups, key=len)[0].reward if groups else 0.0
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import re
 import zlib
 from pathlib import Path
 
@@ -54,6 +55,21 @@ def read_jsonl(path: Path, texts: list[str] | tuple = ()) -> list[dict]:
     return rows
 
 
+def read_ids(ids: str) -> set[int]:
+    """ "2,511-513" -> {2, 511, 512, 513}; InputError for what is no such list."""
+    numbers: set[int] = set()
+    for part in ids.split(","):
+        first, _, last = part.partition("-")
+        try:
+            low, high = int(first), int(last or first)
+        except ValueError:
+            low = high = 0
+        if not 0 < low <= high < 10_000:
+            raise InputError(f"--ids {ids} is no list of numbers such as 511-974")
+        numbers |= set(range(low, high + 1))
+    return numbers
+
+
 def from_hub(task: str, parts: list[tuple]) -> list[dict]:
     """The rows of some parts of data sets, each (name, split) or (name, configuration, split)."""
     from datasets import load_dataset  # slow to import, and not needed for the built-in task
@@ -67,3 +83,19 @@ def from_hub(task: str, parts: list[tuple]) -> list[dict]:
             f"--task {task} cannot be read from the Hugging Face hub ({reason}): allow the "
             "network, or name a folder of JSONL files with --data"
         ) from error
+
+
+MARKS = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+
+
+def last_box(text: str) -> str | None:
+    r"""What stands in the last balanced \boxed{..} or \fbox{..} of a text, or None."""
+    opened, box = [], None
+    for mark in MARKS.finditer(text):
+        if mark[0][-1] == "{" and mark[0] != r"\{":
+            opened.append(mark)
+        elif mark[0] == "}" and opened:
+            opening = opened.pop()
+            if len(opening[0]) > 1:
+                box = text[opening.end() : mark.start()].strip()
+    return box

@@ -12,9 +12,10 @@ from gemma import FILES, gemma_model, gemma_tokenizer
 
 import data
 import tasks
-from data import InputError, Problem, add_columns, last_box, math_problems
+from data import InputError, Problem, add_columns, math_problems
 from sample import Attempt, Sampling, askable, segments
 from sft import builtin_tokenizer
+from sources import last_box
 from tasks import load_problems, read_chat
 
 # Gemma 2's own layout: no system role, contents trimmed, one BOS, <end_of_turn> closes a turn.
