@@ -34,8 +34,8 @@ SHARE_OF_NINES = 0.5  # columns that add up to 9 pass a carry on, so carries run
 class Problem:
     """One question with its true answer; `id` is unique within the task.
 
-    subject and level are MATH's, such as "Algebra" and "5". tests are sources that decide about a
-    program (sandbox.run); given is HumanEval's beginning of one. Empty for other tasks.
+    subject and level are MATH's ("Algebra", "5"); the level of a sum: how far a carry runs. tests
+    are sources that decide about a program; given is HumanEval's beginning of one.
     """
 
     question: str
@@ -66,6 +66,14 @@ def add_columns(columns: list[tuple[int, int]], flipped: int | None = None) -> s
     return " ".join(str(digit) for digit in reversed(digits))
 
 
+def longest_carry(columns: list[tuple[int, int]]) -> int:
+    """How many columns the carry that runs farthest comes through: its own, and nines."""
+    runs = [0]
+    for total in map(sum, reversed(columns)):
+        runs.append(1 if total > 9 else (runs[-1] > 0) * (runs[-1] + 1) * (total == 9))
+    return max(runs)
+
+
 def draw_columns(rng: random.Random) -> list[tuple[int, int]]:
     """One addition of COLUMNS columns; neither number begins with a zero."""
     upper = rng.randint(1, 7)
@@ -87,7 +95,8 @@ def sums_problems(split: str, count: int) -> tuple[Problem, ...]:
         held_out = zlib.crc32(question.encode()) % 10 == 0  # a tenth of all sums is for testing
         if held_out == (split == "test") and question not in seen:
             seen.add(question)
-            problems.append(Problem(question, add_columns(columns), "sums", question))
+            answer, level = add_columns(columns), str(longest_carry(columns))
+            problems.append(Problem(question, answer, "sums", question, level=level))
     return tuple(problems)
 
 

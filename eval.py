@@ -6,6 +6,7 @@
     python eval.py --model runs/code/stage2 --task code     HumanEval; MBPP with --split mbpp
     python eval.py --model runs/code/stage2 --task code --split mbpp --repair      (repair.py)
     python eval.py --model runs/sums/stage2 --samples 16    to sample or to correct (scaling.py)
+    python eval.py --model runs/sums/base --refine          Self-Refine: prompts alone
     python eval.py --plot runs/sums                         its learning curve (figures.py)
 
 Next to read: sft.py.
@@ -42,6 +43,7 @@ from tasks import (
     check_task,
     load_problems,
     read_chat,
+    refining,
 )
 
 # --- 1. Attempts at held-out problems ---------------------------------------------------------
@@ -76,9 +78,10 @@ def as_text(episode: Episode) -> str:
     return "\n".join(lines) + "\n\n"
 
 
-def transcript_line(episode: Episode) -> str:
+def transcript_line(episode: Episode, said: dict[str, str]) -> str:
     attempts = [vars(attempt) for attempt in episode.attempts]
-    return json.dumps({**vars(episode.problem), "x1": episode.x1, "attempts": attempts}) + "\n"
+    row = {**vars(episode.problem), "x1": episode.x1, "attempts": attempts, **said}
+    return json.dumps(row) + "\n"
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
@@ -91,6 +94,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repair", nargs="?", const="", metavar="FILE", help=words)
     words = f"votes of 2, 4 .. 2 SAMPLES, at temperature {scaling.TEMPERATURE} unless that is given"
     parser.add_argument("--samples", type=int, default=0, help=words)
+    words = "Self-Refine: ask for feedback on attempt 1, and then for attempt 2"
+    parser.add_argument("--refine", action="store_true", help=words)
     parser.add_argument("--attempts", type=int, default=2)
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     for name, words in OF_ATTEMPTS.items():
@@ -148,6 +153,8 @@ def prepare(args: argparse.Namespace) -> tuple[list[Problem], Path, dict[str, st
         raise InputError(
             "--samples must be 1 or more, and goes with neither --attempts nor --repair"
         )
+    if args.refine and (args.samples or args.repair is not None or args.attempts != 2):
+        raise InputError("--refine goes with neither --attempts nor --samples nor --repair")
     if args.samples and args.temperature == 0:
         args.temperature = scaling.TEMPERATURE
     if args.repair is not None and args.attempts < 2:
@@ -158,6 +165,7 @@ def prepare(args: argparse.Namespace) -> tuple[list[Problem], Path, dict[str, st
     local = Path(args.model).is_dir()
     name = "eval" + f"-{args.split}" * (args.split != "test")
     name += "-repair" * (args.repair is not None) + "-samples" * bool(args.samples)
+    name += "-refine" * args.refine
     folder = args.out or (Path(args.model) if local else Path("runs") / args.model) / name
     kept = "scaling.json" if args.samples else "metrics.json"
     if read_json(folder / kept).get("settings", settings) != settings:
@@ -168,7 +176,8 @@ def prepare(args: argparse.Namespace) -> tuple[list[Problem], Path, dict[str, st
 def load(name: str, args: argparse.Namespace):
     """A model on this rank's device, and its Chat."""
     model, tokenizer = ranks.together(load_checkpoint, name, args.precision)
-    return model.to(ranks.device()), ranks.together(read_chat, tokenizer, model, args.task)
+    read = refining if args.refine else read_chat
+    return model.to(ranks.device()), ranks.together(read, tokenizer, model, args.task)
 
 
 def base_attempts(args: argparse.Namespace, problems, sampling: Sampling) -> list[Episode]:
@@ -189,7 +198,8 @@ def file_attempts(args: argparse.Namespace, problems, chat: Chat) -> list[Episod
 
 def report(args: argparse.Namespace, problems: list[Problem], folder: Path, settings) -> None:
     """Evaluate a model, print every metric and its interval, write both files."""
-    sampling = Sampling(args.attempts, args.max_new_tokens, args.temperature, args.seed, args.rows)
+    attempts = 3 if args.refine else args.attempts
+    sampling = Sampling(attempts, args.max_new_tokens, args.temperature, args.seed, args.rows)
     begun = base_attempts(args, problems, sampling) if args.repair == "" else []
     model, chat = load(args.model, args)
     if args.repair:
@@ -204,6 +214,11 @@ def report(args: argparse.Namespace, problems: list[Problem], folder: Path, sett
         return
     problems = [episode.problem for episode in begun] or problems
     episodes, metrics = evaluate(model, chat, problems, sampling, begun)
+    said = [{}] * len(episodes)
+    if args.refine:  # between two attempts came feedback, which is none
+        said = [{"feedback": episode.attempts[1].text} for episode in episodes]
+        episodes = [replace(episode, attempts=episode.attempts[::2]) for episode in episodes]
+        metrics = measure(episodes)
     groups = by_group(episodes)
     bounds = intervals(metrics, len(episodes))
     for name, value in metrics.items():
@@ -213,7 +228,7 @@ def report(args: argparse.Namespace, problems: list[Problem], folder: Path, sett
         print(as_table(groups))
     record = {"settings": settings, "metrics": metrics, "intervals": bounds, "groups": groups}
     write_atomically(folder / "metrics.json", json.dumps(record, indent=2))
-    write_atomically(folder / "transcripts.jsonl", "".join(map(transcript_line, episodes)))
+    write_atomically(folder / "transcripts.jsonl", "".join(map(transcript_line, episodes, said)))
     print(f"wrote {folder}/metrics.json and transcripts.jsonl")
 
 

@@ -25,6 +25,7 @@ PANELS = {
     },
     "KL to the base, nats": {"kl_t1": "of attempt 1", "kl_t2": "of attempt 2"},
 }
+TITLES = {"0": "single-turn RL", "1": "Stage I", "1b": "Stage I(b)", "2": "Stage II"}
 BINS = [n / 20 for n in range(21)]  # of the edit distance ratio
 
 
@@ -74,7 +75,8 @@ def draw_curve(folder: Path) -> Path:
         axis.set_ylabel(title)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     for start in starts:
-        label = (" single-turn RL", " Stage I", " Stage II")[lines[start]["stage"]]
+        stage = lines[start]["stage"]
+        label = " " + TITLES.get(stage, stage)
         axes[0].text(steps[start], 1.02, label, transform=axes[0].get_xaxis_transform())
     axes[-1].set_xlabel("step")
     return save(figure, folder / "curve.png")

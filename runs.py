@@ -31,6 +31,7 @@ import transformers
 from tqdm import tqdm
 
 import ranks
+from baselines import SFT
 from data import InputError
 from models import check_precision, move_in
 from tasks import TASKS, check_task, load_problems, settings_of
@@ -84,19 +85,23 @@ class Progress:
     step: int = 0  # updates done in that stage
     best: float = -1.0  # acc@t2 of the checkpoint kept, over the steps between two saves
     raised: list[str] = field(default_factory=list)  # alarms
+    beta2: float = 0.0  # of the next step
 
 
-def plan_of(stage: str) -> list[tuple[int, str]]:
-    """Stages and the names of their folders: "1,2,1" -> (1, stage1), (2, stage2), (1, stage1-2).
-
-    0 is single-turn RL, which SCoRe is compared with.
-    """
+def plan_of(stage: str) -> list[tuple[str, str]]:
+    """Stages and the names of their folders: "1,2,1" -> (1, stage1), (2, stage2), (1, stage1-2)."""
     stages = [part.strip() for part in stage.split(",")]
-    if not set(stages) <= {"0", "1", "2"}:
-        raise InputError(f"--stage {stage} is unknown: name stages 1 and 2, such as 1 or 1,2,1,2")
-    again = [stages[:i].count(name) for i, name in enumerate(stages)]
-    names = [f"stage{s}" + (f"-{n + 1}" if n else "") for s, n in zip(stages, again, strict=True)]
-    return [(int(s), name) for s, name in zip(stages, names, strict=True)]
+    if not set(stages) <= {"0", "1", "1b", "2", *SFT}:
+        raise InputError(
+            f"--stage {stage} is unknown: name stages such as 1 or 1,2, or with three attempts "
+            f"1,1b,2; to compare with, 0 (single-turn RL) or {', '.join(SFT)}"
+        )
+    plan = []
+    for number, name in enumerate(stages):
+        before = stages[:number].count(name)
+        folder = (name if name in SFT else f"stage{name}") + f"-{before + 1}" * bool(before)
+        plan.append((name, folder))
+    return plan
 
 
 COLDEST = 0.01  # temperature: what is divided by less may not be finite
@@ -175,8 +180,15 @@ def evaluating(cfg) -> str:
 
 def check_settings(cfg) -> None:
     """Raise InputError for a setting that cannot work, before anything is written."""
-    plan_of(cfg.stage)
     check_task(cfg.task, data=cfg.data, ids=cfg.ids)
+    stages = {stage for stage, _ in plan_of(cfg.stage)}
+    if cfg.attempts < 2 or ("1b" in stages and cfg.attempts < 3):
+        least = 3 if "1b" in stages else 2
+        raise InputError(f"--attempts {cfg.attempts} is too few: --stage {cfg.stage} needs {least}")
+    if cfg.attempts > 2 and stages & {"0", *SFT}:
+        raise InputError(f"--attempts {cfg.attempts} is for stages 1, 1b and 2: leave it out")
+    if cfg.offline and stages & {"0", *SFT}:
+        raise InputError(f"--offline {cfg.offline} is for stages 1, 1b and 2: leave it out")
     positive = ("steps1", "steps2", "batch", "lr", "clip", "max_new_tokens", "temperature")
     for name in (*positive, "rows", "micro_tokens", "save_every", "show_every", "problems"):
         if not 0 < getattr(cfg, name) < math.inf:
@@ -292,11 +304,12 @@ def begin(typed: dict, configure) -> tuple:
     if followed:
         run.lines = read_metrics(folder / "metrics.jsonl")
         run.results = read_json(folder / RESULTS)
-        init = init or str(folder / "stage1")
-    elif plan_of(cfg.stage)[0][0] == 2 and not init:
+        last = plan_of(read_json(folder / "config.json")["settings"]["stage"])[-1][1]
+        init = init or str(folder / last)
+    elif plan_of(cfg.stage)[0][0] in ("1b", "2") and not init:
         raise InputError(
-            f"--stage 2 needs a Stage I, and --out {cfg.out} has none: run --stage 1 first, "
-            "or name a checkpoint with --init"
+            f"--stage {cfg.stage} needs a Stage I, and --out {cfg.out} has none: run --stage 1 "
+            "first, or name a checkpoint with --init"
         )
     earlier = read_json(folder / "config.json").get("settings", {})
     return cfg, run, init, bool(followed) or earlier.get("seed") == cfg.seed

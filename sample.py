@@ -92,7 +92,7 @@ def rollout_rows(model, chat: Chat, problems, sampling: Sampling, begun, uniform
     prompts = [x1[problem.id] for problem in problems]
     attempts = [list(episode.attempts) for episode in begun] or [[] for _ in problems]
     longest = max(map(len, prompts))
-    columns = longest + sampling.attempts * (sampling.max_new_tokens + 1 + len(chat.p1))
+    columns = longest + chat.room(sampling.attempts, sampling.max_new_tokens)
     cache = cache_for(model, len(problems), columns)
     with torch.inference_mode():
         for number in range(len(attempts[0]), sampling.attempts):
@@ -116,7 +116,7 @@ def segments(chat: Chat, x1: list[int], attempts) -> list[tuple[list[int], int]]
     parts = [(x1, 0)]
     for number, attempt in enumerate(attempts, start=1):
         closing = [] if attempt.finished else [chat.close_id]
-        parts += [(attempt.tokens, number), (closing + chat.p1, 0)]
+        parts += [(attempt.tokens, number), (closing + chat.after(number), 0)]
     return parts
 
 
@@ -184,7 +184,7 @@ def seeded(key: str) -> torch.Generator:
 def askable(problems, model, chat: Chat, sampling: Sampling) -> list[Problem]:
     """The problems that leave room for all attempts; the others are counted, never cut."""
     positions = getattr(model.config, "max_position_embeddings", None) or 10**9
-    room = positions - sampling.attempts * (sampling.max_new_tokens + 1 + len(chat.p1))
+    room = positions - chat.room(sampling.attempts, sampling.max_new_tokens)
     kept = [problem for problem in problems if len(chat.x1(problem)) <= room]
     if len(kept) < len(problems):
         skipped = len(problems) - len(kept)
@@ -201,7 +201,7 @@ def asked(cfg, model, tokenizer) -> tuple[Chat, list[Problem]]:
     """The Chat of a model, and the problems of a run's settings that leave room for attempts."""
     chat = read_chat(tokenizer, model, cfg.task)
     problems = load_problems(cfg.task, "train", data=cfg.data, ids=cfg.ids)
-    return chat, askable(problems, model, chat, Sampling(2, cfg.max_new_tokens))
+    return chat, askable(problems, model, chat, Sampling(cfg.attempts, cfg.max_new_tokens))
 
 
 def pick(problems: list[Problem], count: int, number: int, seed: int) -> list[Problem]:

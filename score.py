@@ -21,6 +21,7 @@ bonus. With α = 10, a right y1 would be paid r1 - α r1 = -9.
 
     python score.py                 base model, Stage I and Stage II on column addition, on a CPU
     python score.py --stage 1       only Stage I; then --stage 2 goes on from there
+    python score.py --stage 0       single-turn RL; 1,1b,2: three attempts; star, pair: baselines.py
     python score.py --task math     Gemma 2 2B on MATH, or --task code: MBPP; one GPU of 80 GB
     torchrun --nproc_per_node=8 score.py ...     the same on many (ranks.py)
 
@@ -32,8 +33,9 @@ no learning curve: only its gradient means something. Next to read: runs.py.
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -43,12 +45,14 @@ from tqdm import tqdm
 import models
 import ranks
 import runs
+from baselines import SFT, traces
 from data import InputError, Problem
-from eval import as_text, evaluate
+from eval import as_text
+from learner import Learner, begin, enter_stage, leave_stage, resume, save
 from metrics import as_table, measure
 from runs import Progress, Run
-from sample import Episode, Sampling, asked, collate, micro_batches, pick, rollout, transcript
-from tasks import Chat, load_problems, settings_of
+from sample import Episode, Sampling, collate, micro_batches, pick, rollout, transcript
+from tasks import settings_of
 
 
 def flag(default, words: str):
@@ -60,7 +64,7 @@ def flag(default, words: str):
 class Config:
     """All settings of a run. Defaults are the built-in task's; other tasks set theirs in TASKS."""
 
-    stage: str = flag("1,2", "stages in order, such as 1 or 1,2,1,2; 0: single-turn RL")
+    stage: str = flag("1,2", "stages in order, such as 1 or 1,2,1,2; others: 0 1b star pair")
     model: str = flag("builtin", "base: builtin, folder or hub name")
     init: str = flag("", "checkpoint to start the policy from, not the base, or Stage I")
     task: str = flag("sums", "what to learn: sums, math or code")
@@ -69,13 +73,15 @@ class Config:
     out: str = flag("runs/sums", "run folder")
     seed: int = flag(0, "of base model, data order and sampling")
     steps1: int = flag(300, "updates in Stage I; split NOT STATED, Table 8: 3000 in all")
-    steps2: int = flag(50, "updates in Stage II")
+    steps2: int = flag(50, "updates in Stage II, and in one of star or pair")
+    attempts: int = flag(2, "attempts at a problem in Stage II; 3 goes with --stage 1,1b,2")
     batch: int = flag(256, "episodes per step, k per problem; Table 8, of NOT STATED")
     k: int = flag(8, "samples per problem, at least 2; NOT STATED, RLOO's paper: 2 and 4")
     lr: float = flag(2.5e-4, "Adam's rate; Table 8: 5e-6, a small model takes more")
     alpha: float = flag(10.0, "weight of the bonus; Table 8")
     beta1: float = flag(0.01, "weight of the ordinary KL; Table 8")
     beta2: float = flag(0.1, "weight of Stage I's KL on attempt 1; Table 8")
+    adaptive_beta2: bool = flag(False, "beta2 follows the size of its KL; rule NOT STATED")
     temperature: float = flag(1.0, "of the policy, sampled and scored alike; Table 8")
     offline: float = flag(0.0, "share of problems whose attempt 1 is the base's (section 5.3)")
     clip: float = flag(1.0, "largest gradient norm; NOT STATED, 1 is the custom")
@@ -164,31 +170,37 @@ def kl_penalty(y: Scored) -> torch.Tensor:
 # To be maximised. Only their gradient means something: the equation's, y1 held constant for y2.
 
 
-def stage1_objective(y1: Scored, y2: Scored, beta1: float, beta2: float) -> torch.Tensor:
+# y1 and y2; a third attempt goes on in the same way (appendix A.1).
+
+
+def stage1_objective(y: list[Scored], beta1: float, beta2: float) -> torch.Tensor:
     """Eq. 3 (ICLR): E[ r̂(y2, y*) - β2 KL(π(·|x1) ‖ π_ref(·|x1)) ], and Eq. 2's β1 KL on y2; (B,).
 
     y1 earns nothing: it is only held at the base model.
     """
-    advantage2 = y2.r - y2.siblings
+    *held, last = y
+    advantage = last.r - last.siblings
     return (
-        reinforce(y2, advantage2)
-        - beta2 * kl_penalty(y1)
-        - beta1 * kl_penalty(y2)
+        reinforce(last, advantage)
+        - beta2 * sum(map(kl_penalty, held))
+        - beta1 * kl_penalty(last)
     )  # fmt: skip
 
 
-def stage2_objective(y1: Scored, y2: Scored, beta1: float, alpha: float) -> torch.Tensor:
+def stage2_objective(y: list[Scored], beta1: float, alpha: float) -> torch.Tensor:
     """Eq. 4 (ICLR): E[ Σᵢ r̂(yᵢ, y*) - β1 KL(π(·|xᵢ) ‖ π_ref(·|xᵢ)) ], r̂(y2) with the bonus; (B,).
 
     The baseline of y2 is the siblings' r2 with the bonus it would bring after this y1: -α r1 is
     known before y2 is sampled, and cancels. So advantage2 = (1 + α) (r2 - siblings' mean r2).
     """
-    advantage1 = y1.r - y1.siblings
-    advantage2 = (y2.r + bonus(y1.r, y2.r, alpha)) - (y2.siblings + bonus(y1.r, y2.siblings, alpha))
+    advantages = [y[0].r - y[0].siblings]
+    for one, two in pairwise(y):
+        earned = two.r + bonus(one.r, two.r, alpha)
+        expected = two.siblings + bonus(one.r, two.siblings, alpha)
+        advantages.append(earned - expected)
     return (
-        reinforce(y1, advantage1) + reinforce(y2, advantage2)
-        - beta1 * kl_penalty(y1)
-        - beta1 * kl_penalty(y2)
+        sum(map(reinforce, y, advantages))
+        - beta1 * sum(map(kl_penalty, y))
     )  # fmt: skip
 
 
@@ -197,20 +209,23 @@ def single_turn_objective(y1: Scored, beta1: float) -> torch.Tensor:
     return reinforce(y1, y1.r - y1.siblings) - beta1 * kl_penalty(y1)
 
 
+def likelihood_objective(y2: Scored) -> torch.Tensor:
+    """log π(y2 | x2) of traces with a right y2: STaR and Pair-SFT (baselines.py); (B,)."""
+    return y2.logp.sum(dim=1)
+
+
+def objective_of(stage: str, y: list[Scored], cfg: Config, beta2: float) -> torch.Tensor:
+    """The objective of a stage; (B,)."""
+    if stage == "2":
+        return stage2_objective(y, cfg.beta1, cfg.alpha)
+    if stage == "0":
+        return single_turn_objective(y[0], cfg.beta1)
+    if stage in SFT:
+        return likelihood_objective(y[1])
+    return stage1_objective(y, cfg.beta1, beta2)
+
+
 # --- 5. One update ---------------------------------------------------------------------------
-
-
-@dataclass
-class Learner:
-    """Policy, frozen reference, the plain copy that samples for both, Adam, and what is asked."""
-
-    policy: torch.nn.Module
-    ref: torch.nn.Module
-    plain: torch.nn.Module | None
-    optimizer: torch.optim.Optimizer
-    chat: Chat
-    problems: list[Problem]
-    cfg: Config
 
 
 def next_log_probs(model, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -247,41 +262,42 @@ def score(learner: Learner, tokens: torch.Tensor, numbers: torch.Tensor):
     return empty.masked_scatter(counts, logp), empty.masked_scatter(counts, kl), own
 
 
-def update(learner: Learner, episodes: list[Episode], stage: int) -> dict[str, float]:
+def update(learner: Learner, episodes: list[Episode], stage: str, beta2: float) -> dict[str, float]:
     """One Adam step on a batch of fresh episodes; returns KL, gradient norm and on-policy gap."""
+    if not episodes:  # no trace of repair in this batch
+        return dict.fromkeys(("kl_t1", "kl_t2", "advantage", "grad_norm", "on_policy_gap"), 0.0)
     cfg, policy, device = learner.cfg, learner.policy, learner.policy.device
     rows = [transcript(episode, learner.chat) for episode in episodes]
     r = torch.tensor([[y.reward for y in episode.attempts] for episode in episodes], device=device)
-    siblings = torch.stack([leave_one_out(column, cfg.k) for column in r.unbind(dim=1)], dim=1)
+    siblings = r  # likelihood has no baseline
+    if stage not in SFT:
+        siblings = torch.stack([leave_one_out(column, cfg.k) for column in r.unbind(dim=1)], dim=1)
     kls, gaps = [], []  # of this rank's episodes
     policy.train(bool(cfg.recompute))  # recomputes in training mode only; there is no dropout
     for batch, weight in ranks.deal(list(map(len, rows)), cfg.micro_tokens, micro_batches):
         logp, kl, own = score(learner, *collate([rows[i] for i in batch], device))
-        y1, y2 = (
+        y = [
             Scored(r[batch, i], siblings[batch, i], logp * (own == i + 1), kl * (own == i + 1))
-            for i in range(2)
-        )
-        if stage == 0:
-            objective = single_turn_objective(y1, cfg.beta1)
-        elif stage == 1:
-            objective = stage1_objective(y1, y2, cfg.beta1, cfg.beta2)
-        else:
-            objective = stage2_objective(y1, y2, cfg.beta1, cfg.alpha)
-        loss = -weight * objective.sum() / len(episodes)
+            for i in range(r.shape[1])
+        ]
+        loss = -weight * objective_of(stage, y, cfg, beta2).sum() / len(episodes)
         loss.backward()
         if weight:
-            kls += torch.stack([y1.kl.sum(dim=1), y2.kl.sum(dim=1)], dim=1).tolist()  # B pairs
-            sampled = torch.tensor([x for i in batch for x in episodes[i].attempts[1].logp])
-            gaps.append((y2.logp[own == 2].cpu() - sampled).abs().max().item())
+            kls += torch.stack([one.kl.sum(dim=1) for one in y], dim=1).tolist()  # B rows
+        if weight and stage not in SFT:
+            sampled = torch.tensor([x for i in batch for x in episodes[i].attempts[-1].logp])
+            gaps.append((logp[own == len(y)].cpu() - sampled).abs().max().item())
     policy.eval()
     norm = ranks.whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip))
     if not norm.isfinite():
         ranks.refuse("the gradient is no longer finite: begin anew with a lower --lr")
     learner.optimizer.step()
     learner.optimizer.zero_grad()  # sampling needs the memory
-    kl_t1, kl_t2 = (sum(kl) / len(episodes) for kl in zip(*ranks.gather(kls), strict=True))
-    gap = max(ranks.gather(gaps))
-    return {"kl_t1": kl_t1, "kl_t2": kl_t2, "grad_norm": norm.item(), "on_policy_gap": gap}
+    sums = map(sum, zip(*ranks.gather(kls), strict=True))
+    metrics = {f"kl_t{i}": total / len(episodes) for i, total in enumerate(sums, start=1)}
+    metrics["advantage"] = (r - siblings)[:, -1].abs().mean().item()
+    gap = max(ranks.gather(gaps), default=0.0)
+    return metrics | {"grad_norm": norm.item(), "on_policy_gap": gap}
 
 
 # --- 6. The loop -----------------------------------------------------------------------------
@@ -292,7 +308,8 @@ def train(learner: Learner, run: Run, progress: Progress) -> None:
     cfg, plan = learner.cfg, runs.plan_of(learner.cfg.stage)
     while progress.index < len(plan):
         stage, name = plan[progress.index]
-        steps = cfg.steps2 if stage == 2 else cfg.steps1
+        steps = cfg.steps2 if stage in ("2", *SFT) else cfg.steps1
+        enter_stage(learner, run.folder, progress.index, progress.step)
         with tqdm(total=steps, initial=progress.step, desc=name, unit="step") as bar:
             while progress.step < steps:
                 line = one_step(learner, run, progress, stage)
@@ -300,21 +317,30 @@ def train(learner: Learner, run: Run, progress: Progress) -> None:
                 bar.update()
                 bar.set_postfix({key: f"{line[key]:.2f}" for key in ("acc_t1", "acc_t2", "copied")})
                 window_full, last = progress.step % cfg.save_every == 0, progress.step == steps
-                if window_full or (last and steps < cfg.save_every):
+                if window_full or (last and (steps < cfg.save_every or stage in SFT)):
                     keep_best(learner, run, progress, stage, name)
                 if window_full or last or run.signal:
                     save(learner, run, progress)
                 if run.signal:
                     return
-        finish_stage(learner, run, progress, name)
+        run.write_results(name, leave_stage(learner, run.folder, name))
+        progress.index, progress.step, progress.best = progress.index + 1, 0, -1.0
+        progress.beta2 = cfg.beta2
+        save(learner, run, progress)
 
 
-def one_step(learner: Learner, run: Run, progress: Progress, stage: int) -> dict:
+def one_step(learner: Learner, run: Run, progress: Progress, stage: str) -> dict:
     """Sample, judge, learn and log, once; returns the line of metrics.jsonl."""
     began, cfg, number = time.perf_counter(), learner.cfg, len(run.lines)
     batch = pick(learner.problems, cfg.batch // cfg.k, number, cfg.seed)
-    episodes = sample(learner, [p for p in batch for _ in range(cfg.k)], f"{cfg.seed}/{number}")
-    line = {"step": number, "stage": stage, **measure(episodes), **update(learner, episodes, stage)}
+    name = f"{cfg.seed}/{number}"
+    episodes = sample(learner, [p for p in batch for _ in range(cfg.k)], stage, name)
+    lessons = traces(stage, episodes, cfg.k, name) if stage in SFT else episodes
+    line = {"step": number, "stage": stage, **measure(episodes)}
+    line |= {"learned": len(lessons) / len(episodes), "beta2": progress.beta2}
+    line |= update(learner, lessons, stage, progress.beta2)
+    if cfg.adaptive_beta2:
+        progress.beta2 = adapted(progress.beta2, line, cfg)
     progress.step += 1
     base = run.results["base, sampled"]
     line["alarms"] = runs.raise_alarms([*run.lines, line], base, progress, fresh=not cfg.init)
@@ -325,10 +351,10 @@ def one_step(learner: Learner, run: Run, progress: Progress, stage: int) -> dict
     return line
 
 
-def sample(learner: Learner, problems: list[Problem], seed: str) -> list[Episode]:
+def sample(learner: Learner, problems: list[Problem], stage: str, seed: str) -> list[Episode]:
     """Fresh episodes of the policy; a share begins with the base's attempt 1."""
-    cfg = learner.cfg
-    sampling = Sampling(2, cfg.max_new_tokens, cfg.temperature, seed, cfg.rows)
+    cfg, attempts = learner.cfg, attempts_in(stage, learner.cfg)
+    sampling = Sampling(attempts, cfg.max_new_tokens, cfg.temperature, seed, cfg.rows)
     split = round(cfg.offline * len(problems) / cfg.k) * cfg.k
 
     def attempt(model, problems, sampling, begun=()):
@@ -339,78 +365,44 @@ def sample(learner: Learner, problems: list[Problem], seed: str) -> list[Episode
     if split:
         ref = ranks.plain(learner.ref, learner.plain)
         begun = attempt(ref, problems[:split], replace(sampling, attempts=1))
-    policy = ranks.plain(learner.policy, learner.plain)  # after ref: there is one copy for both
+    # after ref: there is one copy for both
+    policy = learner.sampler or ranks.plain(learner.policy, learner.plain)
     continued = attempt(policy, problems[:split], sampling, begun)
     return continued + attempt(policy, problems[split:], sampling)
 
 
-def keep_best(learner: Learner, run: Run, progress: Progress, stage: int, name: str) -> None:
+def keep_best(learner: Learner, run: Run, progress: Progress, stage: str, name: str) -> None:
     """Export the policy if its reward, over the steps since the last save, is the stage's best.
 
-    NOT IN PAPER: "highest training reward" is read as attempt 2's, smoothed over those steps;
-    in single-turn RL as attempt 1's.
+    NOT IN PAPER: "highest training reward" is read as that of the last attempt, smoothed over
+    those steps; in single-turn RL as attempt 1's. SFT keeps the last: its sampler is another.
     """
-    since, paid = min(progress.step, learner.cfg.save_every), "acc_t1" if stage == 0 else "acc_t2"
-    reward = sum(line[paid] for line in run.lines[-since:]) / since
+    since = min(progress.step, learner.cfg.save_every)
+    paid = "acc_t1" if stage == "0" else f"acc_t{attempts_in(stage, learner.cfg)}"
+    reward = 0.0 if stage in SFT else sum(line[paid] for line in run.lines[-since:]) / since
     if reward >= progress.best:
         progress.best, policy = reward, ranks.plain(learner.policy, learner.plain)
         if ranks.rank() == 0:
             models.save_checkpoint(run.folder / name, policy, learner.chat.tokenizer)
 
 
-def finish_stage(learner: Learner, run: Run, progress: Progress, name: str) -> None:
-    """Go back to the stage's best checkpoint, evaluate it, and let the next stage begin from it."""
-    folder, precision = str(run.folder / name), learner.cfg.precision
-    best, _ = ranks.together(models.load_checkpoint, folder, precision)
-    ranks.load_into(learner.policy, best)
-    learner.optimizer.state.clear()  # the new one needs its memory
-    learner.optimizer = models.adam(learner.policy, learner.cfg.lr)
-    run.write_results(name, held_out(learner, learner.policy, temperature=0.0))
-    progress.index, progress.step, progress.best = progress.index + 1, 0, -1.0
-    save(learner, run, progress)
+def attempts_in(stage: str, cfg: Config) -> int:
+    """How many attempts an episode of a stage has."""
+    return {"1": 2, "1b": 3}.get(stage, cfg.attempts)
 
 
-# --- 7. Begin, resume, main ------------------------------------------------------------------
+def adapted(beta2: float, line: dict, cfg: Config) -> float:
+    """β2 of the next step, such that β2 KL(y1) becomes as large as the mean |advantage| of y2.
+
+    Section 5.3 has an adaptive β2 "to balance the magnitudes" of both; the rule is NOT STATED. Here
+    β2 changes by a tenth a step at most, and stays within a tenth and 10 times the flag's.
+    """
+    wanted = line["advantage"] / max(line["kl_t1"], 1e-9)
+    beta2 *= min(max(wanted / beta2, 1 / 1.1), 1.1)
+    return min(max(beta2, cfg.beta2 / 10), cfg.beta2 * 10)
 
 
-def held_out(learner: Learner, model, temperature: float) -> dict[str, float]:
-    cfg, plain = learner.cfg, ranks.plain(model, learner.plain)
-    sampling = Sampling(2, cfg.max_new_tokens, temperature, "held out", cfg.rows)
-    problems = load_problems(cfg.task, "test", cfg.problems, cfg.data)
-    return evaluate(plain, learner.chat, problems, sampling)[1]
-
-
-def save(learner: Learner, run: Run, progress: Progress) -> None:
-    tensors = models.state_of(learner.policy, learner.optimizer)
-    runs.save_state(run, tensors, {"progress": asdict(progress), "stage": learner.cfg.stage})
-
-
-def begin(typed: dict) -> tuple[Learner, Run, Progress]:
-    """A new run, or Stage II after a finished Stage I with its settings; nothing is overwritten."""
-    cfg, run, init, same_base = ranks.together(runs.begin, typed, configure)
-    learner = build(cfg, init, same_base)
-    if not run.results:
-        for name, temperature in (("base", 0.0), ("base, sampled", cfg.temperature)):
-            run.write_results(name, held_out(learner, learner.ref, temperature))
-    save(learner, run, Progress())
-    runs.write_config(run, asdict(cfg))
-    return learner, run, Progress()
-
-
-def resume(typed: dict) -> tuple[Learner, Run, Progress]:
-    """The run in --out as it was last saved; its own settings hold, so no other flag may differ."""
-    cfg, run, where = ranks.together(runs.resume, typed, configure)
-    learner = build(cfg, "", same_base=True)
-    runs.load_state(run, models.state_of(learner.policy, learner.optimizer), where)
-    return learner, run, Progress(**where["progress"])
-
-
-def build(cfg: Config, init: str, same_base: bool) -> Learner:
-    """The frozen base model as reference, and the policy, which begins as `init` or as its copy."""
-    policy, ref, tokenizer = models.load_pair(cfg, init, same_base)
-    chat, problems = ranks.together(asked, cfg, ref, tokenizer)
-    plain = models.spread(policy, ref, cfg.precision)
-    return Learner(policy, ref, plain, models.adam(policy, cfg.lr), chat, problems, cfg)
+# --- 7. Main ---------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -431,7 +423,7 @@ def main(argv: list[str] | None = None) -> int:
 def go(typed: dict) -> int:
     """Begin or resume a run, train, and say how it ended; returns the exit status."""
     began = time.perf_counter()
-    learner, run, progress = resume(typed) if "resume" in typed else begin(typed)
+    learner, run, progress = (resume if "resume" in typed else begin)(typed, configure)
     run.stop_on_signals()
     train(learner, run, progress)
     cfg = learner.cfg
@@ -440,8 +432,8 @@ def go(typed: dict) -> int:
         return 0 if run.signal == signal.SIGTERM else 130
     table = as_table({name: row for name, row in run.results.items() if name != "base, sampled"})
     print(f"done in {time.perf_counter() - began:.0f} s; greedy on held-out problems:\n{table}")
-    ended = {"stage0", "stage2"} & set(run.results)
-    print("next:", runs.evaluating(cfg) if ended else runs.command(cfg, "--stage 2"))
+    only_stage_1 = set(run.results) == {"base", "base, sampled", "stage1"}
+    print("next:", runs.command(cfg, "--stage 2") if only_stage_1 else runs.evaluating(cfg))
     return 0
 
 

@@ -13,7 +13,7 @@ sets in score.py and eval.py. The prompts are the paper's (appendix C). Next to 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from data import InputError, Problem, code_problems, math_problems, sums_problems
 from rewards import (
@@ -41,6 +41,23 @@ MATH_CORRECTION = (
     "There might be an error in the solution above because of lack of understanding of the "
     "question. Please correct the error, if any, and rewrite the solution. Only output the final "
     f"solution! {MATH_FORM}"
+)
+# Self-Refine asks for feedback first. NOT STATED: its words; these are ours.
+MATH_FEEDBACK = (
+    "Check the solution above step by step. Say which steps are wrong, and why. If none is wrong, "
+    "say so."
+)
+MATH_REFINE = (
+    "Now rewrite the solution, and follow your own feedback. Only output the final solution! "
+    f"{MATH_FORM}"
+)
+CODE_FEEDBACK = (
+    "Check the code above line by line. Say what is wrong with it, and why. If nothing is wrong, "
+    "say so."
+)
+CODE_REFINE = (
+    "Now rewrite the code, and follow your own feedback. Only output the final correct Python "
+    "program!"
 )
 CODE_TASK = "You are an expert Python programmer, and here is your task:"
 CODE_CORRECTION = (
@@ -117,7 +134,8 @@ class Task:
     load(split, count, data, ids): the first `count` problems of "train" or of one of `splits`,
     always in the same order; their `task` is the task's name. first(problem): the first prompt;
     again: the second. rewards(attempts, problems): 1.0 or 0.0 each. states(attempt): what it
-    answers, None if that cannot be found; same(answer, answer).
+    answers, None if that cannot be found; same(answer, answer). feedback and refine are said
+    instead of `again` by Self-Refine; without them it says `again` twice.
     """
 
     load: Callable[[str, int | None, str, str], tuple[Problem, ...]]
@@ -134,6 +152,8 @@ class Task:
     splits: tuple[str, ...] = ("test",)  # held out
     takes: tuple[str, ...] = ()  # flags that only some tasks have: data, ids
     cue: str = ""  # what a base model, without a chat template, continues
+    feedback: str = ""
+    refine: str = ""
 
 
 def each(reward: Callable[[str, Problem], float]):
@@ -187,6 +207,8 @@ TASKS = {
         },
         takes=("data",),
         cue="\n\nSolution:",
+        feedback=MATH_FEEDBACK,
+        refine=MATH_REFINE,
     ),
     "code": Task(
         load=lambda split, count, data, ids: code_problems(split, data, ids)[:count],
@@ -215,6 +237,8 @@ TASKS = {
         splits=("test", "mbpp"),
         takes=("data", "ids"),
         cue="\n\n",
+        feedback=CODE_FEEDBACK,
+        refine=CODE_REFINE,
     ),
 }
 
@@ -279,13 +303,23 @@ class Chat:
 
     p1: what stands between an attempt's end token and the next attempt. end_ids: every token that
     ends an attempt (Gemma: 1 and 107). close_id: the one that the chat template itself writes; it
-    closes an attempt that was cut off.
+    closes an attempt that was cut off. p2: stands there from attempt 2 on, if it is another.
     """
 
     tokenizer: object
     p1: list[int]
     end_ids: tuple[int, ...]
     close_id: int
+    p2: list[int] | None = None
+
+    def after(self, number: int) -> list[int]:
+        """What asks again after attempt `number`."""
+        return self.p1 if number == 1 or self.p2 is None else self.p2
+
+    def room(self, attempts: int, max_new_tokens: int) -> int:
+        """The most tokens that may follow x1."""
+        longest = max(len(self.p1), len(self.p2 or []))
+        return attempts * (max_new_tokens + 1 + longest)
 
     def x1(self, problem: Problem) -> list[int]:
         """The first prompt's token ids; the template writes the one BOS."""
@@ -303,11 +337,19 @@ def _render(tokenizer, messages: list[dict]) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def read_chat(tokenizer, model, task: str) -> Chat:
+def refining(tokenizer, model, task: str) -> Chat:
+    """The Chat of Self-Refine: attempt 1, then feedback on it, and then attempt 2."""
+    known = TASKS[task]
+    feedback, refine = known.feedback or known.again, known.refine or known.again
+    p2 = read_chat(tokenizer, model, task, refine).p1
+    return replace(read_chat(tokenizer, model, task, feedback), p2=p2)
+
+
+def read_chat(tokenizer, model, task: str, again: str = "") -> Chat:
     """The Chat of a model: p1 and the end tokens, read from template and configs together.
 
-    A tokenizer without a chat template gets the plain one. Raises InputError if there is no token
-    that could end an attempt.
+    again: the words of p1, if they are not the task's. A tokenizer without a chat template gets
+    the plain one. Raises InputError if there is no token that could end an attempt.
     """
     plain = PLAIN_TEMPLATE.replace("CUE", TASKS[task].cue)
     tokenizer.chat_template = tokenizer.chat_template or plain
@@ -315,7 +357,7 @@ def read_chat(tokenizer, model, task: str) -> Chat:
     messages = [
         {"role": "user", "content": "QUESTION"},
         {"role": "assistant", "content": marker},
-        {"role": "user", "content": TASKS[task].again},
+        {"role": "user", "content": again or TASKS[task].again},
     ]
     after = _render(tokenizer, messages).partition(marker)[2]
     ids = tokenizer(after, add_special_tokens=False).input_ids

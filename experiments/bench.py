@@ -38,8 +38,9 @@ import sample  # noqa: E402
 import sandbox  # noqa: E402
 import score  # noqa: E402
 from data import Problem  # noqa: E402
+from learner import Learner  # noqa: E402
 from rewards import math_reward  # noqa: E402
-from tasks import load_problems  # noqa: E402
+from tasks import Chat, load_problems  # noqa: E402
 
 REPEATS, TOKENS = 5, 24  # of an attempt
 MICRO_TOKENS = 32 * 74  # 32 transcripts of two attempts: more is slower on a CPU
@@ -77,6 +78,8 @@ class RandomChat:
     p1: list[int] = field(default_factory=lambda: [5, 6, 7, 8, 9, 10])
     end_ids: tuple[int, ...] = (1,)
     close_id: int = 1
+    p2: None = None
+    after, room = Chat.after, Chat.room
 
     def x1(self, problem: Problem) -> list[int]:
         draw = random.Random(problem.id)
@@ -202,19 +205,19 @@ def bench_rollout(k: int) -> None:
 # --- 3. One training step against TRL ------------------------------------------------------------
 
 
-def make_learner(precision: str, **settings) -> score.Learner:
+def make_learner(precision: str, **settings) -> Learner:
     ref = make_model(*SIZES["tiny"][:-1]).to(getattr(torch, precision))
     policy = copy.deepcopy(ref)
     plain = models.spread(policy, ref.requires_grad_(False), precision)
     cfg = score.configure({"precision": precision, "micro_tokens": MICRO_TOKENS, **settings})
-    return score.Learner(policy, ref, plain, models.adam(policy, cfg.lr), CHAT, [], cfg)
+    return Learner(policy, ref, plain, models.adam(policy, cfg.lr), CHAT, [], cfg)
 
 
-def one_step(learner: score.Learner) -> None:
+def one_step(learner: Learner) -> None:
     """Sample, reward at random, and learn: Stage II."""
     problems = range(learner.cfg.batch // learner.cfg.k)
     asked = [Problem("", "", "sums", str(i)) for i in problems for _ in range(learner.cfg.k)]
-    score.update(learner, score.sample(learner, asked, "0"), 2)
+    score.update(learner, score.sample(learner, asked, "2", "0"), "2", 0.1)
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -290,7 +293,7 @@ def log_probs(everywhere: bool, rows: int) -> tuple[float, float]:
     policy = copy.deepcopy(ref)
     tokens = torch.randint(3, 64, (rows, 64))
     numbers = torch.where(torch.arange(64) < 32, 0, 1).expand(rows, 64)
-    learner = score.Learner(policy, ref.requires_grad_(False), None, None, CHAT, [], score.Config())
+    learner = Learner(policy, ref.requires_grad_(False), None, None, CHAT, [], score.Config())
 
     def full():
         logs = [model(tokens).logits.log_softmax(dim=-1)[:, :-1] for model in (policy, ref)]
@@ -335,8 +338,10 @@ def grown(batch: int, tokens: int) -> tuple[float, float, float]:
     learner = make_learner("float32", batch=batch, k=8, max_new_tokens=tokens)
     asked = [Problem("", "", "sums", str(i // 8)) for i in range(batch)]
     before, episodes = peak(), []
-    sampling = [timed(lambda: episodes.append(score.sample(learner, asked, "0"))) for _ in range(4)]
-    learning = [timed(lambda: score.update(learner, episodes[0], 2)) for _ in range(4)]
+    sampling = [
+        timed(lambda: episodes.append(score.sample(learner, asked, "2", "0"))) for _ in range(4)
+    ]
+    learning = [timed(lambda: score.update(learner, episodes[0], "2", 0.1)) for _ in range(4)]
     return statistics.median(sampling[1:]), statistics.median(learning[1:]), peak() - before
 
 

@@ -23,6 +23,7 @@ import models  # noqa: E402
 import score  # noqa: E402
 from data import Problem  # noqa: E402
 from experiments.bench import RandomChat  # noqa: E402
+from learner import Learner  # noqa: E402
 from sample import Episode  # noqa: E402
 
 PROMPT, AGAIN, LONGEST = 180, 90, 800  # tokens of a usual x1, of p1, and of the longest x1
@@ -147,12 +148,12 @@ def measure(args: argparse.Namespace) -> str:
     cfg = score.configure({**typed, "rows": args.rows})
     chat = RandomChat((PROMPT, PROMPT + 1), p1=list(range(10, 10 + AGAIN)))
     adam = models.adam(policy, cfg.lr)
-    learner = score.Learner(policy, ref, plain, adam, chat, [], cfg)
+    learner = Learner(policy, ref, plain, adam, chat, [], cfg)
     problems = [Problem("", "", "math", "p" * n) for n in range(args.batch // 4) for _ in range(4)]
     for number in range(2):
-        episodes, sampling = timed(lambda n=number: score.sample(learner, problems, str(n)))
+        episodes, sampling = timed(lambda n=number: score.sample(learner, problems, "2", str(n)))
         tossed = with_coins(episodes)
-        _, training = timed(lambda made=tossed: score.update(learner, made, 2))
+        _, training = timed(lambda made=tossed: score.update(learner, made, "2", 0.1))
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return (
         f"{policy.num_parameters():,} weights on {name}, batch {args.batch}, attempts of "

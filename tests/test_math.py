@@ -127,7 +127,7 @@ def make_learner(small_gemma, precision, **settings):
 
 def episodes_of(learner):
     problems = load_problems("math", "train", 6, str(FILES))
-    return score.sample(learner, [p for p in problems for _ in range(2)], "0")
+    return score.sample(learner, [p for p in problems for _ in range(2)], "2", "0")
 
 
 @pytest.mark.parametrize(("precision", "gap"), [("float32", 1e-4), ("bfloat16", 0.15)])
@@ -149,7 +149,7 @@ def test_recompute_runs_each_layer_again_in_backward(small_gemma, recompute, cal
     learner = make_learner(small_gemma, "bfloat16", recompute=recompute)
     episodes, called = episodes_of(learner), []
     learner.policy.model.layers[0].mlp.register_forward_hook(lambda *_: called.append(1))
-    score.update(learner, episodes, 1)
+    score.update(learner, episodes, "1", 0.1)
     assert len(called) == calls and not learner.policy.training
 
 

@@ -90,7 +90,7 @@ def test_a_run_writes_its_folder_and_checkpoints_load(finished):
     assert record["settings"]["steps1"] == 5 and record["versions"]["torch"] == torch.__version__
     lines = tree(finished)["lines"]
     assert [line["step"] for line in lines] == list(range(8))
-    assert [line["stage"] for line in lines] == [1] * 5 + [2] * 3
+    assert [line["stage"] for line in lines] == ["1"] * 5 + ["2"] * 3
     assert lines[0]["kl_t1"] == 0 == lines[0]["kl_t2"] and lines[4]["kl_t1"] > 0
     assert all(line["on_policy_gap"] < 1e-3 for line in lines)
     for stage in ("stage1", "stage2"):
@@ -230,7 +230,10 @@ def test_the_checkpoint_of_single_turn_rl_is_that_of_the_best_first_attempts(tmp
         cfg=score.Config(save_every=1),
     )
     run, progress = runs.Run(tmp_path), Progress()
-    for stage, lines in ((0, [(0.1, 0.9), (0.2, 0.1), (0.1, 0.9)]), (1, [(0.9, 0.1), (0.1, 0.2)])):
+    for stage, lines in (
+        ("0", [(0.1, 0.9), (0.2, 0.1), (0.1, 0.9)]),
+        ("1", [(0.9, 0.1), (0.1, 0.2)]),
+    ):
         progress.best, name = -1.0, f"stage{stage}"
         for acc_t1, acc_t2 in lines:
             run.lines.append({"acc_t1": acc_t1, "acc_t2": acc_t2})
@@ -249,7 +252,7 @@ def test_two_commands_never_write_to_one_folder(checkpoint, tmp_path, capsys):
 
 
 def test_stages_may_repeat(checkpoint, tmp_path):
-    assert plan_of("1,2,1") == [(1, "stage1"), (2, "stage2"), (1, "stage1-2")]
+    assert plan_of("1,2,1") == [("1", "stage1"), ("2", "stage2"), ("1", "stage1-2")]
     flags = ["--model", checkpoint, "--out", tmp_path / "twice", "--stage", "1,2,1,2", *SMALL]
     assert run_score(*flags, "--steps1", 1, "--steps2", 1) == 0
     names = {path.name for path in (tmp_path / "twice").glob("stage*")}

@@ -69,9 +69,9 @@ def equation(stage, policy, ref):
     one, two = log_one.exp(), log_two.exp()
     kl_one = (one * (log_one - ref_one)).sum()
     kl_two = (two * (log_two - ref_two)).sum(dim=1)  # (9,) by y1
-    if stage == 0:
+    if stage == "0":
         return one @ R1 - BETA1 * kl_one
-    if stage == 1:
+    if stage == "1":
         return one.detach() @ (two @ R1 - BETA1 * kl_two) - BETA2 * kl_one
     shaped = R1[None, :] + ALPHA * (R1[None, :] - R1[:, None])  # (y1, y2)
     second = one.detach() @ ((two * shaped).sum(dim=1) - BETA1 * kl_two)
@@ -98,16 +98,16 @@ def surrogate(stage, policy, ref, k=2):
         )
         for n in (1, 2)
     )
-    if stage == 0:
+    if stage == "0":
         objective = single_turn_objective(y1, BETA1)
-    elif stage == 1:
-        objective = stage1_objective(y1, y2, BETA1, BETA2)
+    elif stage == "1":
+        objective = stage1_objective([y1, y2], BETA1, BETA2)
     else:
-        objective = stage2_objective(y1, y2, BETA1, ALPHA)
+        objective = stage2_objective([y1, y2], BETA1, ALPHA)
     return probability @ objective.view(-1, k).mean(dim=1)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", ["1", "2"])
 def test_the_gradient_is_exactly_that_of_the_equation(stage):
     policy, ref = Tabular(seed=1), Tabular(seed=2)
     expected = torch.autograd.grad(equation(stage, policy, ref), policy.logits)
@@ -119,8 +119,8 @@ def test_the_gradient_is_exactly_that_of_the_equation(stage):
 
 def test_single_turn_rl_is_eq_2_on_attempt_1_and_leaves_attempt_2_alone():
     policy, ref = Tabular(seed=1), Tabular(seed=2)
-    expected = torch.autograd.grad(equation(0, policy, ref), policy.logits[:2])
-    actual = torch.autograd.grad(surrogate(0, policy, ref), policy.logits)
+    expected = torch.autograd.grad(equation("0", policy, ref), policy.logits[:2])
+    actual = torch.autograd.grad(surrogate("0", policy, ref), policy.logits)
     for one, two in zip(actual[:2], expected, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-9)
         assert two.abs().max() > 1e-3
@@ -171,7 +171,7 @@ def coefficients(objective, attempt):
 
 def test_stage1_multiplies_attempt_1_by_nothing_and_attempt_2_by_its_reward():
     y1, y2 = scored([1.0, 0.0], [0.0, 0.0]), scored([1.0, 0.0], [0.25, 0.25])
-    objective = stage1_objective(y1, y2, beta1=0.0, beta2=0.0)
+    objective = stage1_objective([y1, y2], beta1=0.0, beta2=0.0)
     assert coefficients(objective, y1).tolist() == [[0, 0], [0, 0]]
     assert coefficients(objective, y2).tolist() == [[0.75, 0.75], [-0.25, -0.25]]
 
@@ -187,20 +187,20 @@ def test_the_four_transitions_earn_11_1_0_and_minus_10_at_alpha_10(r1, r2, expec
 @pytest.mark.parametrize("r1", [0.0, 1.0])
 def test_stage2_multiplies_attempt_2_by_11_times_its_advantage_after_any_attempt_1(r1):
     y1, y2 = scored([r1], [0.5]), scored([1.0], [0.25])
-    objective = stage2_objective(y1, y2, beta1=0.0, alpha=10.0)
+    objective = stage2_objective([y1, y2], beta1=0.0, alpha=10.0)
     torch.testing.assert_close(coefficients(objective, y2), torch.full((1, 2), 11 * 0.75))
 
 
 def test_stage2_never_credits_attempt_1_with_attempt_2():
     y1 = scored([1.0, 0.0], [0.5, 0.5])
     for r2, alpha in ([1.0, 0.0], 10.0), ([0.0, 1.0], 10.0), ([1.0, 1.0], 0.0):
-        objective = stage2_objective(y1, scored(r2, [0.0, 1.0]), beta1=0.0, alpha=alpha)
+        objective = stage2_objective([y1, scored(r2, [0.0, 1.0])], beta1=0.0, alpha=alpha)
         assert coefficients(objective, y1).tolist() == [[0.5, 0.5], [-0.5, -0.5]]
 
 
 def test_a_token_answers_for_the_kl_to_come_in_its_own_attempt_only():
     y1, y2 = scored([0.0], [0.0], kl=3.0), scored([0.0], [0.0], kl=5.0)
-    objective = stage1_objective(y1, y2, beta1=0.1, beta2=1.0)
+    objective = stage1_objective([y1, y2], beta1=0.1, beta2=1.0)
     torch.testing.assert_close(coefficients(objective, y1), torch.tensor([[-3.0, 0.0]]))
     torch.testing.assert_close(coefficients(objective, y2), torch.tensor([[-0.5, 0.0]]))
 
@@ -237,7 +237,7 @@ def collated(learner, episodes):
 @pytest.fixture
 def episodes(learner, problems):
     """Twenty episodes with made-up rewards, so that every advantage is alive."""
-    made = score.sample(learner, [p for p in problems for _ in range(4)], "0")
+    made = score.sample(learner, [p for p in problems for _ in range(4)], "2", "0")
     coin = torch.Generator().manual_seed(3)
     return [with_rewards(e, torch.randint(2, (2,), generator=coin).tolist()) for e in made]
 
@@ -252,7 +252,7 @@ def gradient(learner, episodes, stage, **settings):
     cfg = replace(learner.cfg, clip=1e9, **settings)
     twin = make_learner(copy.deepcopy(learner.policy), learner.ref, learner.chat, cfg)
     twin.optimizer = Recorder(twin.policy.parameters())
-    metrics = update(twin, episodes, stage)
+    metrics = update(twin, episodes, stage, cfg.beta2)
     return twin.optimizer.gradient, metrics
 
 
@@ -274,9 +274,9 @@ def test_an_update_of_single_turn_rl_follows_r1_and_not_r2(learner, episodes):
     pairs = [[y.reward for y in episode.attempts] for episode in episodes]
     other_r2 = [with_rewards(e, [r1, 1 - r2]) for e, (r1, r2) in zip(episodes, pairs, strict=True)]
     other_r1 = [with_rewards(e, [1 - r1, r2]) for e, (r1, r2) in zip(episodes, pairs, strict=True)]
-    expected = gradient(learner, episodes, 0)[0]
-    assert_same(gradient(learner, other_r2, 0)[0], expected)
-    assert_same([-g for g in gradient(learner, other_r1, 0)[0]], expected)  # the KL is zero yet
+    expected = gradient(learner, episodes, "0")[0]
+    assert_same(gradient(learner, other_r2, "0")[0], expected)
+    assert_same([-g for g in gradient(learner, other_r1, "0")[0]], expected)  # the KL is zero yet
 
 
 def test_sampled_log_probs_equal_the_scored_ones_for_both_attempts(learner, episodes):
@@ -307,7 +307,7 @@ def test_log_probs_of_attempt_tokens_equal_the_full_ones_with_both_softcaps(lear
     assert (uncapped - full).abs().max() > 1e-2  # the softcap is applied, and felt
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", ["1", "2"])
 def test_micro_batches_give_the_gradient_of_the_whole_batch(learner, episodes, stage):
     learner.policy = make_model(seed=5)
     whole, _ = gradient(learner, episodes, stage)
@@ -317,8 +317,8 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(learner, episodes, s
 
 def test_rows_padded_together_learn_as_rows_alone(learner, episodes):
     learner.policy = make_model(seed=5)
-    together, _ = gradient(learner, episodes, 2)
-    alone, _ = gradient(learner, episodes, 2, micro_tokens=1)
+    together, _ = gradient(learner, episodes, "2")
+    alone, _ = gradient(learner, episodes, "2", micro_tokens=1)
     assert_same(alone, together)
 
 
@@ -326,8 +326,8 @@ def test_with_both_betas_zero_stage1_has_no_gradient_from_attempt_1(learner, epi
     learner.policy = make_model(seed=5)
     without = [replace(e, offline=True) for e in episodes]  # y1 in no term at all
     assert_same(
-        gradient(learner, episodes, 1, beta1=0.0, beta2=0.0)[0],
-        gradient(learner, without, 1, beta1=0.0, beta2=0.0)[0],
+        gradient(learner, episodes, "1", beta1=0.0, beta2=0.0)[0],
+        gradient(learner, without, "1", beta1=0.0, beta2=0.0)[0],
     )
 
 
@@ -340,9 +340,9 @@ def test_beta2_pulls_attempt_1_back_to_the_reference(learner, problems):
     learner = make_learner(learner.policy, learner.ref, learner.chat, cfg)
     kls = []
     for seed in range(12):
-        fresh = score.sample(learner, [p for p in problems for _ in range(4)], str(seed))
+        fresh = score.sample(learner, [p for p in problems for _ in range(4)], "2", str(seed))
         flat = [with_rewards(e, [0.0, 0.0]) for e in fresh]  # nothing but KL
-        kls.append(update(learner, flat, 1)["kl_t1"])
+        kls.append(update(learner, flat, "1", cfg.beta2)["kl_t1"])
     assert kls[0] > 0.1
     assert kls[-1] < 0.7 * kls[0]
 
@@ -350,7 +350,7 @@ def test_beta2_pulls_attempt_1_back_to_the_reference(learner, problems):
 def test_an_offline_attempt_1_is_in_no_loss_but_its_reward_is_in_the_bonus(learner, problems):
     learner.policy = make_model(seed=5)
     learner.cfg = replace(learner.cfg, offline=0.6)
-    made = score.sample(learner, [p for p in problems for _ in range(4)], "0")
+    made = score.sample(learner, [p for p in problems for _ in range(4)], "2", "0")
     assert [e.offline for e in made] == [True] * 12 + [False] * 8
     online = rollout(learner.ref, learner.chat, [made[0].problem], Sampling(1, seed="0"))
     assert online[0].attempts[0].tokens == made[0].attempts[0].tokens  # the base's own
@@ -359,11 +359,11 @@ def test_an_offline_attempt_1_is_in_no_loss_but_its_reward_is_in_the_bonus(learn
     assert all((row == 2).any() for row in numbers)
     r1, r2 = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])
     assert bonus(r1, r2, 10.0).tolist() == [10.0, 0.0]
-    assert gradient(learner, made, 2)[1]["on_policy_gap"] < 1e-3
+    assert gradient(learner, made, "2")[1]["on_policy_gap"] < 1e-3
 
 
 def test_training_samples_at_temperature_1_from_the_raw_softmax(learner, problems):
-    made = score.sample(learner, problems[:1] * 4000, "0")
+    made = score.sample(learner, problems[:1] * 4000, "2", "0")
     first = torch.tensor([e.attempts[0].tokens[0] for e in made])
     with torch.no_grad():
         exact = learner.policy(torch.tensor([made[0].x1])).logits[0, -1].softmax(-1)
@@ -394,7 +394,7 @@ def test_the_end_token_is_in_the_loss_and_everything_else_after_it_is_not(chat, 
 
 def test_an_update_moves_the_policy_and_not_the_reference(learner, episodes):
     before = [p.clone() for p in learner.ref.parameters()]
-    update(learner, episodes, 2)
+    update(learner, episodes, "2", 0.0)
     assert all(torch.equal(a, b) for a, b in zip(before, learner.ref.parameters(), strict=True))
     moved = zip(before, learner.policy.parameters(), strict=True)
     assert any(not torch.equal(a, b) for a, b in moved)
@@ -405,7 +405,7 @@ def test_products_in_tf32_move_the_gradient_by_less_than_a_hundredth(
 ):
     """What a float32 run has on a GPU (ranks.joined), imitated: operands of 10 bits of mantissa."""
     learner.policy = builtin_model(learner.chat.tokenizer, seed=1)  # without steep attention
-    exact, _ = gradient(learner, episodes, 2)
+    exact, _ = gradient(learner, episodes, "2")
     linear = torch.nn.functional.linear
 
     def rounded(x):
@@ -416,9 +416,9 @@ def test_products_in_tf32_move_the_gradient_by_less_than_a_hundredth(
         return linear(rounded(x), rounded(weight), bias)
 
     monkeypatch.setattr(torch.nn.functional, "linear", coarse_linear)
-    coarse, _ = gradient(learner, episodes, 2)
-    fresh = score.sample(learner, [p for p in problems for _ in range(4)], "1")
+    coarse, _ = gradient(learner, episodes, "2")
+    fresh = score.sample(learner, [p for p in problems for _ in range(4)], "2", "1")
     off = sum((a - b).square().sum() for a, b in zip(coarse, exact, strict=True)).sqrt()
     size = sum(b.square().sum() for b in exact).sqrt()
     assert 1e-5 * size < off < 1e-2 * size
-    assert 0 < gradient(learner, fresh, 2)[1]["on_policy_gap"] < 5e-3
+    assert 0 < gradient(learner, fresh, "2")[1]["on_policy_gap"] < 5e-3

@@ -1,0 +1,197 @@
+"""The story in pictures, from what reproduce.py has done. Each is drawn again by that command.
+
+multipliers.png   what each token is multiplied by, asked of the objectives themselves
+sft.png           why SFT fails where it does: how much it changes (Figure 3), and corrections
+                  of given against own first attempts (Figure 4)
+collapse.png      why plain RL collapses: changed answers and delta in training (Figure 5)
+attempts.png      ten attempts in a row (Figure 8), by level (Figure 7), votes (Figure 1)
+"""
+
+import json
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+
+from figures import BINS, canvas, save, smoothed
+from metrics import edit_ratio
+from runs import read_json, read_metrics
+from score import Scored, stage1_objective, stage2_objective
+from sources import read_jsonl
+
+NAMES = {
+    "base": "base",
+    "star+": "STaR, D+",
+    "pair": "Pair-SFT, D",
+    "pair+": "Pair-SFT, D+",
+    "standard": "standard RL (y2 alone)",
+    "direct": "direct RL (y1 and y2)",
+    "no-stage1": "without Stage I",
+    "score": "SCoRe",
+}
+COLORS = dict(zip(NAMES, ("0.6", "C1", "C2", "C4", "C5", "C3", "C6", "C0"), strict=True))
+
+
+def draw(out: Path, seeds: int) -> list[Path]:
+    """All pictures, into `out`; returns their paths."""
+    folders = [out / f"seed-{seed}" for seed in range(seeds)]
+    painters = {"sft": draw_sft, "collapse": draw_collapse, "attempts": draw_attempts}
+    paths = [save(draw_multipliers(), out / "multipliers.png")]
+    return paths + [save(paint(folders), out / f"{name}.png") for name, paint in painters.items()]
+
+
+def over_seeds(axis, x, curves: list[list[float]], name: str, **style) -> None:
+    """The mean of one curve a seed, and a band of one standard deviation."""
+    columns = list(zip(*curves, strict=True))
+    middle = [mean(column) for column in columns]
+    axis.plot(x, middle, label=NAMES[name], color=COLORS[name], **style)
+    if len(curves) > 1:
+        spread = [stdev(column) for column in columns]
+        low, high = ([m + s * d for m, d in zip(middle, spread, strict=True)] for s in (-1, 1))
+        axis.fill_between(x, low, high, color=COLORS[name], alpha=0.15, linewidth=0)
+
+
+# --- 1. What each token is multiplied by ---------------------------------------------------------
+
+
+def multipliers(stage: int, r1: float, r2: float, tokens: int = 3) -> list[list[float]]:
+    """The derivative of the objective by each log-prob of y1 and of y2, without KL.
+
+    Half of the siblings are right at both attempts.
+    """
+    logp = [torch.full((1, tokens), -1.0, requires_grad=True) for _ in range(2)]
+    none = torch.zeros(1, tokens)
+    y = [
+        Scored(torch.tensor([r]), torch.tensor([0.5]), own, none)
+        for r, own in zip((r1, r2), logp, strict=True)
+    ]
+    if stage == 1:
+        objective = stage1_objective(y, beta1=0.0, beta2=0.0)
+    else:
+        objective = stage2_objective(y, beta1=0.0, alpha=10.0)
+    return [gradient[0].tolist() for gradient in torch.autograd.grad(objective.sum(), logp)]
+
+
+def draw_multipliers():
+    figure, axes = canvas(2, 1, (8, 4.6))
+    words = {1.0: "right", 0.0: "wrong"}
+    cases = [(0.0, 1.0), (1.0, 1.0), (0.0, 0.0), (1.0, 0.0)]
+    for axis, stage, title in zip(axes, (1, 2), ("Stage I", "Stage II, α = 10"), strict=True):
+        rows = []
+        for r1, r2 in cases:
+            y1, y2 = multipliers(stage, r1, r2)
+            rows.append([0.0] * 3 + y1 + [0.0] * 2 + y2)
+        axis.imshow(rows, cmap="PiYG", vmin=-9, vmax=9, aspect="auto")
+        for y, row in enumerate(rows):
+            for x, value in enumerate(row):
+                axis.text(x, y, f"{value:+g}" if value else "0", ha="center", va="center")
+        labels = ["x1"] * 3 + ["y1"] * 3 + ["p1"] * 2 + ["y2"] * 3
+        axis.set_xticks(range(len(labels)), labels)
+        axis.set_yticks(range(4), [f"y1 {words[r1]}, y2 {words[r2]}" for r1, r2 in cases])
+        axis.set_title(f"{title}: what multiplies ∇ log π of each token", fontsize=10)
+        axis.tick_params(length=0)
+    return figure
+
+
+# --- 2. SFT, plain RL, many attempts -------------------------------------------------------------
+
+
+def draw_sft(folders: list[Path]):
+    figure, axes = canvas(1, 2, (11, 3.8), width_ratios=[1, 1.2])
+    for name in ("base", "star+", "pair", "score"):
+        ratios = []
+        for folder in folders:
+            rows = read_jsonl(folder / f"eval-attempts-{name}" / "transcripts.jsonl")
+            pairs = ([y["tokens"] for y in row["attempts"][:2]] for row in rows)
+            ratios += [edit_ratio(*pair) for pair in pairs]
+        weights = [1 / len(ratios)] * len(ratios)
+        style = {"histtype": "step", "linewidth": 1.8, "color": COLORS[name]}
+        axes[0].hist(ratios, BINS, weights=weights, label=NAMES[name], **style)
+    axes[0].set_xlim(0, 0.6)
+    axes[0].set_xlabel("edit distance of attempts 1 and 2 over their length")
+    axes[0].set_ylabel("share of problems")
+    axes[0].legend(frameon=False)
+    names = ("star+", "pair", "pair+", "direct", "score")
+    for shift, label, rates in ((-0.2, "given: the base's", given), (0.2, "own", own)):
+        found = [[rates(folder, name) for folder in folders] for name in names]
+        spread = [stdev(one) if len(one) > 1 else 0.0 for one in found]
+        places = [x + shift for x in range(len(names))]
+        axes[1].bar(places, [mean(one) for one in found], 0.4, yerr=spread, label=label)
+    axes[1].set_xticks(range(len(names)), [NAMES[name].replace(" (", "\n(") for name in names])
+    axes[1].set_ylabel("wrong first attempts that are corrected")
+    axes[1].legend(
+        title="first attempts", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
+    )
+    return figure
+
+
+def given(folder: Path, name: str) -> float:
+    """Share of the base model's wrong first attempts that a model corrects."""
+    return read_json(folder / f"eval-repair-{name}" / "metrics.json")["metrics"]["acc_t2"]
+
+
+def own(folder: Path, name: str) -> float:
+    """Share of a model's own wrong first attempts that it corrects."""
+    metrics = list(read_json(folder / name / "results.json").values())[-1]  # last checkpoint
+    return metrics["delta_i_to_c"] / max(1 - metrics["acc_t1"], 1e-9)
+
+
+def draw_collapse(folders: list[Path]):
+    figure, axes = canvas(1, 2, (11, 3.8))
+    for name in ("standard", "direct", "no-stage1", "score"):
+        runs = [read_metrics(folder / name / "metrics.jsonl") for folder in folders]
+        steps = [line["step"] for line in runs[0]]
+        changed = [smoothed([1 - line["copied"] for line in lines]) for lines in runs]
+        delta = [smoothed([line["delta"] for line in lines]) for lines in runs]
+        over_seeds(axes[0], steps, changed, name)
+        over_seeds(axes[1], steps, delta, name)
+        turn = [line["step"] for line in runs[0] if name == "score" and line["stage"] == "2"][:1]
+        for axis in axes:
+            for step in turn:
+                axis.axvline(step, color="0.85", zorder=0)
+    axes[0].set_ylabel("share of changed answers")
+    axes[1].set_ylabel("delta")
+    for axis in axes:
+        axis.set_xlabel("step (SCoRe's Stage II begins at the grey line)")
+    axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def draw_attempts(folders: list[Path]):
+    figure, axes = canvas(1, 3, (14, 3.8))
+    for name in ("base", "star+", "pair", "direct", "score"):
+        files = [folder / f"eval-attempts-{name}" / "metrics.json" for folder in folders]
+        found = [json.loads(file.read_text())["metrics"] for file in files]
+        curves = [[metrics[f"acc_t{i}"] for i in range(1, 11)] for metrics in found]
+        over_seeds(axes[0], range(1, 11), curves, name, marker="o", markersize=3)
+    axes[0].set_xticks(range(1, 11))
+    axes[0].set_xlabel("attempt")
+    axes[0].set_ylabel("accuracy")
+    axes[0].legend(frameon=False, fontsize=8, loc="center right")
+    draw_levels(axes[1], folders)
+    files = [folder / "eval-samples-score" / "scaling.json" for folder in folders]
+    lines = [read_json(file)["lines"] for file in files]
+    budgets = [line["budget"] for line in lines[0]]
+    for vote in ("parallel", "sequential"):
+        means = [mean(line[vote] for line in row) for row in zip(*lines, strict=True)]
+        axes[2].plot(budgets, means, marker="o", label=vote)
+    axes[2].set_xscale("log", base=2)
+    axes[2].set_xticks(budgets, budgets)
+    axes[2].set_xlabel("SCoRe: samples of a problem")
+    axes[2].set_ylabel("accuracy of the majority's answer")
+    axes[2].legend(frameon=False)
+    return figure
+
+
+def draw_levels(axis, folders: list[Path]) -> None:
+    """SCoRe's gains and losses by level, over the seeds' problems together."""
+    files = [folder / "eval-attempts-score" / "metrics.json" for folder in folders]
+    groups = [json.loads(file.read_text())["groups"] for file in files]
+    levels = [name for name in groups[0] if name.startswith("level ")]
+    for shift, metric, label in ((-0.2, "delta_i_to_c", "i→c"), (0.2, "delta_c_to_i", "c→i")):
+        heights = [mean(group[level][metric] for group in groups) for level in levels]
+        axis.bar([x + shift for x in range(len(levels))], heights, 0.4, label=label)
+    axis.set_xticks(range(len(levels)), [level.split()[1] for level in levels])
+    axis.set_xlabel("SCoRe, by level (for sums: columns that a carry runs)")
+    axis.set_ylabel("share of the level's problems")
+    axis.legend(frameon=False)

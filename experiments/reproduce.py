@@ -1,0 +1,286 @@
+"""What the paper compares (Tables 1, 2, 4, Figures 1, 3 to 5, 7, 8), in one command.
+
+    python experiments/reproduce.py               the built-in task, five seeds
+    python experiments/reproduce.py --seeds 1     one of them; the others can follow later
+    python experiments/reproduce.py --model google/gemma-2-2b-it --task math --out runs/gemma
+
+What is finished is kept, so that after any stop the same command goes on, run by run. All methods
+have the same base model, updates and episodes per update. One thread a run and one run a core (on
+GPUs one run at a time), so that the numbers do not depend on the number of cores. Other flags than
+these are score.py's, for every run. Writes results.json, table.md and pictures (pictures.py).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from mpmath import betainc
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import runs  # noqa: E402
+from data import InputError  # noqa: E402
+from experiments import pictures  # noqa: E402
+from score import Config, configure  # noqa: E402
+
+# --- 1. The grid ---------------------------------------------------------------------------------
+# {base} and {stage1} are checkpoints of SCoRe's run of the same seed, {all} all of its updates.
+
+TRAINED = {  # name of the run: flags, and the checkpoint they end with
+    "score": ("--stage 1,2", "stage2"),
+    "star": ("--stage star,star,star --steps2 {third}", "star-3"),
+    "star+": ("--stage star+,star+,star+ --steps2 {third}", "star+-3"),
+    "pair": ("--stage pair --steps2 {all}", "pair"),
+    "pair+": ("--stage pair+ --steps2 {all}", "pair+"),
+    "single": ("--stage 0 --steps1 {all}", "stage0"),
+    "standard": ("--stage 1 --beta2 0 --steps1 {all}", "stage1"),
+    "direct": ("--stage 2 --alpha 0 --init {base} --steps2 {all}", "stage2"),
+    "no-stage1": ("--stage 2 --init {base} --steps2 {all}", "stage2"),
+    "no-bonus": ("--stage 2 --alpha 0 --init {stage1}", "stage2"),
+    "star-stage2": ("--stage star+,star+,star+ --init {stage1} --steps2 {end}", "star+-3"),
+    "offline": ("--stage 1,2 --offline 1", "stage2"),
+}
+EVALUATED = {  # kind: flags of eval.py, the runs whose last checkpoint it is for, its file
+    "refine": ("--refine", ("base",), "metrics.json"),
+    "attempts": ("--attempts 10", ("base", "star+", "pair", "direct", "score"), "metrics.json"),
+    "repair": ("--repair", ("star+", "pair", "pair+", "direct", "score"), "metrics.json"),
+    "samples": ("--samples 16", ("score",), "scaling.json"),
+}
+ROWS = {  # of the table: title, the run and its checkpoint
+    "base": ("base model", "score", "base"),
+    "refine": ("Self-Refine", "", ""),
+    "star": ("STaR, D", "star", "star-3"),
+    "star+": ("STaR, D+", "star+", "star+-3"),
+    "pair": ("Pair-SFT, D", "pair", "pair"),
+    "pair+": ("Pair-SFT, D+", "pair+", "pair+"),
+    "single": ("single-turn RL (no multi-turn training)", "single", "stage0"),
+    "standard": ("standard multi-turn RL (y2 alone)", "standard", "stage1"),
+    "direct": ("direct multi-turn RL (y1 and y2)", "direct", "stage2"),
+    "stage1": ("SCoRe after Stage I", "score", "stage1"),
+    "score": ("**SCoRe**", "score", "stage2"),
+    "no-stage1": ("SCoRe without Stage I", "no-stage1", "stage2"),
+    "no-bonus": ("SCoRe without the bonus", "no-bonus", "stage2"),
+    "star-stage2": ("SCoRe with STaR in Stage II", "star-stage2", "star+-3"),
+    "offline": ("SCoRe without online first attempts", "offline", "stage2"),
+}
+COLUMNS = {
+    "acc_t1": "acc@t1",
+    "acc_t2": "acc@t2",
+    "delta": "delta",
+    "delta_i_to_c": "i→c",
+    "delta_c_to_i": "c→i",
+    "copied": "copied",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command of score.py or eval.py; it is done when `key` is in the JSON file it writes."""
+
+    name: str
+    folder: Path
+    script: str
+    flags: list[str]
+    file: str
+    key: str
+
+    def done(self) -> bool:
+        return self.key in runs.read_json(self.folder / self.file)
+
+
+def model_of(folder: Path, name: str, model: str) -> str:
+    """The checkpoint of a run of one seed, whose folder this is; "base" is the base model."""
+    if name == "base":
+        return str(folder / "score" / "base") if model == "builtin" else model
+    return str(folder / name / TRAINED[name][1])
+
+
+def plan(out: Path, seeds: int, typed: dict, given: list[str]) -> list[list[Job]]:
+    """All jobs, in waves that need those before: SCoRe, what is compared with it, evaluations."""
+    cfg = configure(typed)
+    steps = cfg.steps1 + cfg.steps2
+    waves = [[], [], []]
+    for seed in range(seeds):
+        folder = out / f"seed-{seed}"
+        names = {
+            "base": model_of(folder, "base", cfg.model),
+            "stage1": folder / "score" / "stage1",
+            "all": steps,
+            "third": -(-steps // 3),
+            "end": -(-cfg.steps2 // 3),
+        }
+        for name, (flags, last) in TRAINED.items():
+            own = [word.format(**names) for word in flags.split()]
+            model = [] if name == "score" else ["--model", names["base"]]
+            words = [*given, "--seed", str(seed), *own, *model]
+            job = Job(f"{name} {seed}", folder / name, "score.py", words, "results.json", last)
+            waves[name != "score"].append(job)
+        for kind, (flags, models, file) in EVALUATED.items():
+            key = "lines" if file == "scaling.json" else "metrics"
+            for name in models:
+                where = folder / f"eval-{kind}-{name}"
+                model = ["--model", model_of(folder, name, cfg.model), *of_eval(typed)]
+                words = [*model, *flags.split()]
+                waves[2].append(Job(f"{kind} {name} {seed}", where, "eval.py", words, file, key))
+    return waves
+
+
+def of_eval(typed: dict) -> list[str]:
+    """Those of score.py's flags that eval.py has, too."""
+    shared = ("task", "data", "problems", "max_new_tokens", "precision", "rows")
+    return [x for name in shared if name in typed for x in (runs.as_flag(name), str(typed[name]))]
+
+
+# --- 2. Doing it ---------------------------------------------------------------------------------
+
+
+def do(job: Job, launcher: list[str]) -> None:
+    """Begin a job, or go on with it."""
+    if job.done():
+        return
+    begun = job.script == "score.py" and (job.folder / "metrics.jsonl").exists()
+    flags = ["--resume"] if begun else job.flags
+    command = [*launcher, str(ROOT / job.script), "--out", str(job.folder), *flags]
+    threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **threads}
+    log = job.folder.with_name(job.folder.name + ".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        file.write(" ".join(command) + "\n")
+        file.flush()
+        ended = subprocess.run(command, check=False, env=environment, stdout=file, stderr=file)
+    if ended.returncode or not job.done():
+        raise InputError(f"{job.name} ended with status {ended.returncode}: read {log}")
+
+
+def do_all(waves: list[list[Job]], jobs: int, launcher: list[str]) -> None:
+    """Do each wave, `jobs` at a time; what has begun ends before an error does."""
+    with tqdm(total=sum(map(len, waves)), desc="reproduce", unit="run") as bar:
+        for wave in waves:
+            with ThreadPoolExecutor(jobs) as pool:
+                begun = [pool.submit(do, job, launcher) for job in wave]
+                try:
+                    for one in begun:
+                        one.result()
+                        bar.update()
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+
+
+# --- 3. The table --------------------------------------------------------------------------------
+
+
+def collect(out: Path, seeds: int, settings: dict) -> dict:
+    """results.json: metrics of every row by seed, and of the evaluations."""
+    rows = {}
+    for name, (_, run, checkpoint) in ROWS.items():
+        found = []
+        for seed in range(seeds):
+            folder = out / f"seed-{seed}"
+            if name == "refine":
+                found.append(runs.read_json(folder / "eval-refine-base/metrics.json")["metrics"])
+            else:
+                found.append(runs.read_json(folder / run / "results.json")[checkpoint])
+        rows[name] = {column: [metrics[column] for metrics in found] for column in COLUMNS}
+    return {"settings": settings, "seeds": seeds, "rows": rows}
+
+
+def p_value(ours: list[float], theirs: list[float]) -> float | None:
+    """Two-sided p of a paired t-test over seeds; None if there is too little to test.
+
+    P(|T| >= t) = I_x(ν / 2, 1 / 2) with x = ν / (ν + t²) and ν = n - 1 degrees of freedom.
+    """
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    if len(differences) < 2 or statistics.stdev(differences) == 0:
+        return None
+    n, spread = len(differences), statistics.stdev(differences)
+    t = statistics.mean(differences) / (spread / n**0.5)
+    return float(betainc((n - 1) / 2, 0.5, 0, (n - 1) / (n - 1 + t * t), regularized=True))
+
+
+def table(results: dict) -> str:
+    """Markdown: mean ± standard deviation over seeds, and SCoRe against each row, paired."""
+    tested = {"acc_t2": "p of acc@t2", "delta": "p of delta"}
+    heads = ["", *COLUMNS.values(), *tested.values()]
+    lines = ["| " + " | ".join(line) + " |" for line in (heads, ["---"] * len(heads))]
+    ours = results["rows"]["score"]
+    for name, metrics in results["rows"].items():
+        cells = [mean_and_spread(metrics[column]) for column in COLUMNS]
+        for column in tested:
+            p = None if name == "score" else p_value(ours[column], metrics[column])
+            cells.append("" if p is None else "< .001" if p < 0.001 else f"{p:.3f}"[1:])
+        lines.append(f"| {ROWS[name][0]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def mean_and_spread(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.3f}".replace("0.", ".")
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± " + f"{statistics.stdev(values):.3f}".replace("0.", ".")
+
+
+# --- 4. Main -------------------------------------------------------------------------------------
+
+
+def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, dict, list[str]]:
+    """Flags of this script, and those for score.py, as values and as words."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 .. SEEDS - 1")
+    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
+    words = "GPUs of each run, by torchrun"
+    parser.add_argument("--nproc-per-node", type=int, default=0, metavar="N", help=words)
+    parser.error = runs.reject
+    args, given = parser.parse_known_args(argv)
+    typed = runs.parse_flags(Config, __doc__, given)
+    ours = {"stage", "out", "seed", "init", "alpha", "beta2", "offline", "attempts", "resume"}
+    for name in sorted(ours & set(typed)):
+        raise InputError(f"{runs.as_flag(name)} is what the methods differ in: leave it out")
+    if args.seeds < 1 or args.nproc_per_node < 0:
+        raise InputError("--seeds must be 1 or more, and --nproc-per-node 0 or more")
+    runs.check_settings(configure(typed))
+    return args, typed, given
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    try:
+        args, typed, given = parse_flags(argv)
+        args.out.mkdir(parents=True, exist_ok=True)
+        settings = runs.read_json(args.out / "settings.json") or typed
+        if settings != typed:
+            raise InputError(f"--out {args.out} holds runs with {settings}: name another folder")
+        runs.write_atomically(args.out / "settings.json", json.dumps(typed))
+        launcher, jobs = [sys.executable], os.cpu_count() or 1
+        if args.nproc_per_node:
+            launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={args.nproc_per_node}"]
+        if torch.cuda.is_available() or args.nproc_per_node:
+            jobs = 1
+        do_all(plan(args.out, args.seeds, typed, given), jobs, launcher)
+        results = collect(args.out, args.seeds, settings)
+        runs.write_atomically(args.out / "results.json", json.dumps(results, indent=1))
+        runs.write_atomically(args.out / "table.md", table(results))
+        print(table(results), end="")
+        for path in pictures.draw(args.out, args.seeds):
+            print("wrote", path)
+    except InputError as error:
+        print(f"reproduce.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on, run by run", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
