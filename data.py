@@ -1,7 +1,6 @@
 """What is asked: problems with their true answers, of three tasks.
 
-`sums`, built in, is column addition, most significant column first; here with three of the eight
-columns:
+`sums`, built in, is column addition, most significant column first; here three of eight columns:
 
     2+5 9+0 3+6 =        ->   7 9 9       (293 + 506)
     2+5 9+0 3+8 =        ->   8 0 1       (293 + 508: the carry runs through the nine)
@@ -9,9 +8,9 @@ columns:
 The first digit needs a carry that may come from far to the right. Attempt 1 has to see it coming;
 attempt 2 can read what attempt 1 wrote.
 
-`math` is MATH, 12,000 problems to train on and the 500 of MATH500 to test on. `code` is MBPP to
-train on and HumanEval to test on (both section 6 of the paper). They come from the hub or from
-files. How a problem is put to a model is in tasks.py. Next to read: expressions.py.
+`math` is MATH, 12,000 problems to train on and MATH500 to test on; `code` is MBPP to train on and
+HumanEval to test on (section 6 of the paper), from the hub or from files. How a problem is put to
+a model is in tasks.py. Next to read: expressions.py.
 """
 
 import ast
@@ -52,10 +51,7 @@ class Problem:
 
 
 def add_columns(columns: list[tuple[int, int]], flipped: int | None = None) -> str:
-    """Digits of the sum, most significant first; the carry into column `flipped` is taken wrong.
-
-    Args: columns, (upper, lower) digits, most significant first; flipped, an index into them.
-    """
+    """The sum of columns of two digits, highest first; the carry into column `flipped` is wrong."""
     digits, carry = [], 0
     for index in reversed(range(len(columns))):
         if index == flipped:
@@ -68,10 +64,11 @@ def add_columns(columns: list[tuple[int, int]], flipped: int | None = None) -> s
 
 def longest_carry(columns: list[tuple[int, int]]) -> int:
     """How many columns the carry that runs farthest comes through: its own, and nines."""
-    runs = [0]
+    longest = run = 0
     for total in map(sum, reversed(columns)):
-        runs.append(1 if total > 9 else (runs[-1] > 0) * (runs[-1] + 1) * (total == 9))
-    return max(runs)
+        run = 1 if total > 9 else run + 1 if total == 9 and run else 0
+        longest = max(longest, run)
+    return longest
 
 
 def draw_columns(rng: random.Random) -> list[tuple[int, int]]:

@@ -14,7 +14,7 @@ model that learns or is compared with, a rank holds a share of every weight (FSD
 
 A float32 model of a single process stays as it is: it is policy and plain copy at once. A bfloat16
 one is "sharded" over one rank. Every function here is called by all ranks alike. Next to read:
-score.py.
+baselines.py.
 """
 
 import contextlib

@@ -20,8 +20,7 @@ Credit is per attempt (γ = 0, appendix A.4): x2 is a given to y2, and y1 is nev
 bonus. With α = 10, a right y1 would be paid r1 - α r1 = -9.
 
     python score.py                 base model, Stage I and Stage II on column addition, on a CPU
-    python score.py --stage 1       only Stage I; then --stage 2 goes on from there
-    python score.py --stage 0       single-turn RL; 1,1b,2: three attempts; star, pair: baselines.py
+    python score.py --stage 1       Stage I, then --stage 2; 1,1b,2: three attempts; or baselines.py
     python score.py --task math     Gemma 2 2B on MATH, or --task code: MBPP; one GPU of 80 GB
     torchrun --nproc_per_node=8 score.py ...     the same on many (ranks.py)
 

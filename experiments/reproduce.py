@@ -16,7 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,7 +169,7 @@ def do_all(waves: list[list[Job]], jobs: int, launcher: list[str]) -> None:
             with ThreadPoolExecutor(jobs) as pool:
                 begun = [pool.submit(do, job, launcher) for job in wave]
                 try:
-                    for one in begun:
+                    for one in as_completed(begun):
                         one.result()
                         bar.update()
                 except BaseException:

@@ -61,6 +61,25 @@ def test_every_answer_is_the_sum_and_as_long_as_the_question():
         assert len(columns) == data.COLUMNS == len(problem.answer.split())
 
 
+@pytest.mark.parametrize(
+    ("question", "level"),
+    [
+        ("2+5 9+0 3+6", 0),
+        ("2+5 3+4 3+8", 1),
+        ("2+5 9+0 3+8", 2),
+        ("1+2 4+5 5+5 0+9 9+9", 2),  # two carries, of two columns each
+        ("1+2 4+5 0+9 9+9", 3),
+        ("1+2 0+9 4+4 9+9", 1),
+    ],
+)
+def test_the_level_of_a_sum_is_how_far_a_carry_runs(question, level):
+    columns = [tuple(map(int, column.split("+"))) for column in question.split()]
+    assert data.longest_carry(columns) == level
+    problem = load_problems("sums", "test", 1)[0]
+    columns = [tuple(map(int, column.split("+"))) for column in problem.question.split()[:-1]]
+    assert problem.level == str(data.longest_carry(columns))
+
+
 def test_training_and_held_out_problems_share_nothing_and_are_always_the_same():
     train, test = load_problems("sums", "train", 5000), load_problems("sums", "test", 2000)
     assert not {p.id for p in train} & {p.id for p in test}

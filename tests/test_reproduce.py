@@ -1,0 +1,163 @@
+"""The grid of experiments: its commands, its table, its significance, and going on after a stop."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from gemma import FILES
+
+import eval as evaluation
+import score
+from experiments import pictures, reproduce
+from runs import Run, check_settings, parse_flags, plan_of
+
+TINY = ["--steps1", "3", "--steps2", "2", "--batch", "8", "--k", "2", "--problems", "6"]
+
+
+def jobs(*flags):
+    args, typed, given = reproduce.parse_flags(list(map(str, flags)))
+    return [job for wave in reproduce.plan(args.out, args.seeds, typed, given) for job in wave]
+
+
+@pytest.mark.parametrize(
+    "given", [[], ["--task", "math", "--model", "google/gemma-2-2b-it", "--data", FILES]], ids=str
+)
+def test_every_command_of_the_grid_is_one_that_its_script_takes(given):
+    found = jobs("--seeds", 2, *given)
+    kinds = {job.name.rsplit(" ", 1)[0] for job in found}
+    assert len(found) == 2 * (len(reproduce.TRAINED) + 12) and set(reproduce.TRAINED) <= kinds
+    for job in found:
+        if job.script == "eval.py":
+            assert evaluation.parse_flags(job.flags)
+            continue
+        cfg = score.configure(parse_flags(score.Config, "", job.flags))
+        check_settings(cfg)
+        plan = plan_of(cfg.stage)
+        assert plan[-1][1] == job.key
+        usual = score.configure(parse_flags(score.Config, "", list(map(str, given))))
+        stages = {"score": 1, "offline": 1, "no-bonus": 0, "star-stage2": 0}
+        if job.name.split()[0] not in stages:  # as many updates as SCoRe, but for rounding up
+            steps = sum(cfg.steps2 if s in ("2", *score.SFT) else cfg.steps1 for s, _ in plan)
+            assert 0 <= steps - (usual.steps1 + usual.steps2) <= 2
+
+
+def test_the_grid_for_gemma_starts_from_gemma():
+    found = jobs("--seeds", 1, "--task", "math", "--model", "google/gemma-2-2b-it")
+    flags = {job.name: job.flags for job in found}
+    assert flags["direct 0"][-4:] == ["--steps2", "3000", "--model", "google/gemma-2-2b-it"]
+    assert "google/gemma-2-2b-it" in flags["refine base 0"]
+    assert flags["attempts score 0"][:4] == [
+        "--model", "runs/reproduce/seed-0/score/stage2", "--task", "math",
+    ]  # fmt: skip
+    assert flags["no-bonus 0"][-3] == "runs/reproduce/seed-0/score/stage1"
+    assert jobs("--seeds", 1)[1].flags[-1] == "runs/reproduce/seed-0/score/base"
+
+
+def test_p_is_that_of_a_paired_t_test():
+    ours = [1.0, 2.0, 3.0, 4.0, 5.0]
+    # differences 1 2 3 4 5: t = 3 / (sqrt(2.5) / sqrt(5)) = 4.2426 with 4 degrees of freedom
+    assert reproduce.p_value(ours, [0.0] * 5) == pytest.approx(0.0132, abs=5e-5)
+    # two seeds: Cauchy; t = 1.5 / (sqrt(0.5) / sqrt(2)) = 3, p = 1 - 2 atan(3) / pi
+    assert reproduce.p_value([1.0, 2.0], [0.0, 0.0]) == pytest.approx(0.20483, abs=1e-5)
+    assert reproduce.p_value([0.0, 0.0], [1.0, 2.0]) == pytest.approx(0.20483, abs=1e-5)
+    assert reproduce.p_value([1.0], [0.0]) is None
+    assert reproduce.p_value([1.0, 1.0], [0.5, 0.5]) is None
+
+
+def test_the_table_has_means_spreads_and_p():
+    usual = {name: [0.5, 0.6] for name in reproduce.COLUMNS}
+    rows = dict.fromkeys(reproduce.ROWS, usual)
+    rows["base"] = {**usual, "delta": [0.0, 0.01], "acc_t2": [-0.5, -0.7]}
+    lines = reproduce.table({"rows": rows}).splitlines()
+    assert len(lines) == 2 + len(rows)
+    base = [cell.strip() for cell in lines[2].split("|")[1:-1]]
+    assert base[:4] == ["base model", ".550 ± .071", "-.600 ± .141", ".005 ± .007"]
+    # delta: differences .5 and .59, t = .545 / .045; acc@t2: 1.0 and 1.3, t = 1.15 / .15
+    assert base[-2:] == [".083", ".052"]
+    score_row = next(line for line in lines if "**SCoRe**" in line)
+    assert score_row.endswith("|  |  |")
+    alone = {"rows": {name: {c: v[:1] for c, v in rows[name].items()} for name in rows}}
+    assert "±" not in reproduce.table(alone)
+
+
+def in_process(command, *, check, env, stdout, stderr):
+    """A job's command without a new process."""
+    script, flags = Path(command[-len(command) + 1]).name, command[2:]
+    main = {"score.py": score.main, "eval.py": evaluation.main}[script]
+    return subprocess.CompletedProcess(command, main(flags))
+
+
+def test_the_whole_grid_runs_and_goes_on_after_a_stop(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    flags = ["--seeds", "1", "--out", "grid", "--model", str(checkpoint), *TINY]
+    calls = []
+
+    def stopping(command, **settings):
+        calls.append(command)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return in_process(command, **settings)
+
+    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=stopping))
+    monkeypatch.setattr(Run, "stop_on_signals", lambda run: None)  # jobs are threads here
+    assert reproduce.main(flags) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert reproduce.main(flags) == 0
+    assert len(calls) == 1 + len(jobs("--seeds", 1))  # one was begun twice, and none again
+    printed = capsys.readouterr().out
+    out = tmp_path / "grid"
+    results = json.loads((out / "results.json").read_text())
+    assert reproduce.table(results) == (out / "table.md").read_text()
+    assert reproduce.table(results) in printed
+    for name in ("multipliers", "sft", "collapse", "attempts"):
+        assert (out / f"{name}.png").stat().st_size > 10_000
+    star = json.loads((out / "seed-0" / "star" / "results.json").read_text())["star-3"]
+    assert results["rows"]["star"]["acc_t2"] == [star["acc_t2"]]
+    refined = json.loads((out / "seed-0" / "eval-refine-base" / "metrics.json").read_text())
+    assert results["rows"]["refine"]["acc_t2"] == [refined["metrics"]["acc_t2"]]
+    assert reproduce.main(flags) == 0 and len(calls) == 1 + len(jobs("--seeds", 1))
+    assert reproduce.main([*flags, "--lr", "0.1"]) == 2
+    assert "name another folder" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_is_named_with_its_log(tmp_path, capsys):
+    flags = ["--seeds", "1", "--out", str(tmp_path / "grid"), "--model", str(tmp_path), *TINY]
+    assert reproduce.main(flags) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.endswith(f"score 0 ended with status 2: read {tmp_path}/grid/seed-0/score.log")
+    assert "no config.json" in (tmp_path / "grid" / "seed-0" / "score.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--alpha", "1"], "--alpha is what the methods differ in"),
+        (["--seed", "3"], "--seed is what the methods differ in"),
+        (["--seeds", "0"], "--seeds must be 1 or more"),
+        (["--k", "1"], "--k 1 leaves no sibling"),
+        (["--chess"], "--chess"),
+    ],
+)
+def test_bad_flags_are_one_sentence(flags, words, tmp_path, capsys):
+    assert reproduce.main(["--out", str(tmp_path / "grid"), *flags]) == 2
+    message = capsys.readouterr().err
+    assert words in message and message.count("\n") == 1 and not (tmp_path / "grid").exists()
+
+
+def test_the_multipliers_are_those_of_the_readme():
+    for r1, r2 in ((0.0, 1.0), (1.0, 1.0), (0.0, 0.0), (1.0, 0.0)):
+        first, second = pictures.multipliers(1, r1, r2)
+        assert first == [0.0] * 3 and second == [r2 - 0.5] * 3
+        first, second = pictures.multipliers(2, r1, r2)
+        assert first == [r1 - 0.5] * 3 and second == [11 * (r2 - 0.5)] * 3
+
+
+def test_what_is_corrected_is_a_share_of_wrong_first_attempts(tmp_path):
+    metrics = {"acc_t1": 0.6, "delta_i_to_c": 0.1}
+    (tmp_path / "score").mkdir()
+    (tmp_path / "score" / "results.json").write_text(json.dumps({"base": {}, "stage2": metrics}))
+    assert pictures.own(tmp_path, "score") == pytest.approx(0.25)
