@@ -1,5 +1,6 @@
 """The README is true: its commands parse, its settings are the defaults, its metrics are logged."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch.distributed.run import get_args_parser
 import eval as evaluation
 import metrics
 import score
-from experiments import memory
+from experiments import memory, reproduce
 from runs import check_settings, parse_flags
 from sample import Attempt, Episode
 from score import Config
@@ -44,6 +45,8 @@ def test_every_command_parses(command):
         check_settings(score.configure(typed))
     elif script == "eval.py":
         assert evaluation.parse_flags(flags)
+    elif script == "experiments/reproduce.py":
+        assert reproduce.parse_flags(flags)
     else:
         assert (Path(score.__file__).parent / script).exists()
 
@@ -67,7 +70,13 @@ def test_the_settings_it_names_are_the_defaults():
 def test_the_memory_tables_are_what_their_command_prints():
     cfg = score.configure({"task": "math"})
     benchmarks = (Path(score.__file__).parent / "BENCHMARKS.md").read_text()
-    assert memory.table(cfg) in benchmarks and memory.what_fits(cfg) in README
+    assert memory.table(cfg) in benchmarks and memory.what_fits(cfg) in benchmarks
+
+
+def test_the_table_is_what_reproduce_prints_of_the_results_beside_it():
+    results = json.loads((Path(score.__file__).parent / "assets" / "results.json").read_text())
+    assert results["seeds"] == 5 and results["settings"] == {}
+    assert reproduce.table(results) in README
 
 
 def test_the_settings_of_math_are_table_8():
@@ -86,9 +95,11 @@ def test_every_metric_is_in_its_table():
     problem = score.Problem("1+1 =", "2", "sums", "p")
     logged = set(metrics.measure([Episode(problem, [1], (attempt, attempt))]))
     logged |= {"kl_t1", "kl_t2", "grad_norm", "on_policy_gap", "seconds", "alarms"}
+    logged |= {"advantage", "learned", "beta2"}
     assert not {name for name in logged if f"`{name}`" not in README}
 
 
 def test_every_function_it_names_exists():
-    for module, name in re.findall(r"`(score|sample|metrics|eval|runs)\.(?!py`)(\w+)`", README):
+    modules = "score|sample|metrics|eval|runs|baselines|tasks"
+    for module, name in re.findall(rf"`({modules})\.(?!py`)(\w+)`", README):
         assert hasattr(__import__(module), name), f"{module}.{name}"
