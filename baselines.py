@@ -5,7 +5,7 @@ A trace is x1 y1 p1 y2 with a right y2, and the likelihood of y2 is raised (sect
     star    D       y1 wrong, y2 right, as one policy sampled them one after the other
     star+   D+      and those where both are right
     pair    D       y1 wrong, y2 any right answer to the same problem, of either attempt
-    pair+   D+      and right y1, paired in the same way
+    pair+   D+      and right y1, paired in the same way, maybe with itself
 
 STaR is repeated, `--stage star,star,star`: each time the model of the time before samples, and the
 base model learns anew (ReST^EM). Pair-SFT is done once.

@@ -227,8 +227,10 @@ def report(args: argparse.Namespace, problems: list[Problem], folder: Path, sett
     if groups and args.attempts > 1:
         print(as_table(groups))
     record = {"settings": settings, "metrics": metrics, "intervals": bounds, "groups": groups}
-    write_atomically(folder / "metrics.json", json.dumps(record, indent=2))
     write_atomically(folder / "transcripts.jsonl", "".join(map(transcript_line, episodes, said)))
+    write_atomically(
+        folder / "metrics.json", json.dumps(record, indent=2)
+    )  # last: it says that all is done
     print(f"wrote {folder}/metrics.json and transcripts.jsonl")
 
 

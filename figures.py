@@ -23,7 +23,7 @@ PANELS = {
         "delta": "delta",
         "copied": "answers copied",
     },
-    "KL to the base, nats": {"kl_t1": "of attempt 1", "kl_t2": "of attempt 2"},
+    "KL to the reference, nats": {"kl_t1": "of attempt 1", "kl_t2": "of attempt 2"},
 }
 TITLES = {"0": "single-turn RL", "1": "Stage I", "1b": "Stage I(b)", "2": "Stage II"}
 BINS = [n / 20 for n in range(21)]  # of the edit distance ratio
@@ -46,7 +46,7 @@ def canvas(rows: int, columns: int, size: tuple[float, float], **settings):
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError("--plot needs matplotlib: pip install -r requirements-dev.txt") from error
+        raise InputError("pictures need matplotlib: pip install -r requirements-dev.txt") from error
     figure = Figure(size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **settings)
     for axis in axes.flat:

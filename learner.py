@@ -110,6 +110,7 @@ def load(learner: Learner, checkpoint: str):
 
 def leave_stage(learner: Learner, folder: Path, name: str) -> dict[str, float]:
     """Go back to the stage's best checkpoint, with a new Adam; returns its held-out metrics."""
+    learner.sampler = None
     ranks.load_into(learner.policy, load(learner, str(folder / name)))
     learner.optimizer.state.clear()  # the new one needs its memory
     learner.optimizer = models.adam(learner.policy, learner.cfg.lr)

@@ -40,6 +40,8 @@ def load_checkpoint(name: str, precision: str = "float32"):
     attention softcap (Gemma 2) get eager attention: sdpa may drop the softcap.
     """
     quiet_transformers()
+    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise InputError(f"{name} does not exist: was it moved? Name a checkpoint folder")
     if Path(name).is_dir() and not (Path(name) / "config.json").exists():
         raise InputError(f"{name} is no checkpoint: the folder has no config.json")
     try:

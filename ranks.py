@@ -191,6 +191,8 @@ def plain(model, copy):
 @torch.no_grad()
 def load_into(model, loaded) -> None:
     """Take the weights of a whole model."""
+    if isinstance(model, FSDPModule):
+        model.reshard()  # what is still gathered would be kept, or come back
     for weight, new in zip(model.parameters(), loaded.parameters(), strict=True):
         if isinstance(weight, DTensor):  # every rank has read the whole, and keeps its share
             place = weight.device_mesh, weight.placements

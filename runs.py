@@ -172,6 +172,7 @@ def evaluating(cfg) -> str:
     """The command that evaluates a finished run."""
     task = "" if cfg.task == "sums" else f" --task {cfg.task}"
     task += f" --data {cfg.data}" if cfg.data else ""
+    task += f" --attempts {cfg.attempts}" if cfg.attempts > 2 else ""
     return (
         f"{ranks.launcher()} eval.py --model {cfg.out}/{plan_of(cfg.stage)[-1][1]}{task}, "
         f"or python eval.py --plot {cfg.out}"
@@ -187,8 +188,10 @@ def check_settings(cfg) -> None:
         raise InputError(f"--attempts {cfg.attempts} is too few: --stage {cfg.stage} needs {least}")
     if cfg.attempts > 2 and stages & {"0", *SFT}:
         raise InputError(f"--attempts {cfg.attempts} is for stages 1, 1b and 2: leave it out")
-    if cfg.offline and stages & {"0", *SFT}:
-        raise InputError(f"--offline {cfg.offline} is for stages 1, 1b and 2: leave it out")
+    if cfg.offline and stages & {"0", "1b", *SFT}:
+        raise InputError(f"--offline {cfg.offline} is for stages 1 and 2: leave it out")
+    if cfg.adaptive_beta2 and not (cfg.beta2 and stages & {"1", "1b"}):
+        raise InputError("--adaptive-beta2 is for Stage I with a --beta2 above 0: leave it out")
     positive = ("steps1", "steps2", "batch", "lr", "clip", "max_new_tokens", "temperature")
     for name in (*positive, "rows", "micro_tokens", "save_every", "show_every", "problems"):
         if not 0 < getattr(cfg, name) < math.inf:
@@ -268,7 +271,7 @@ def settings_to_follow(folder: Path, typed: dict) -> dict:
     if typed.get("stage") != "2" or not finished or not follows:
         raise InputError(
             f"--out {folder} holds a run already: go on with it by --resume if it was "
-            "interrupted, or begin a new one with another --out"
+            "interrupted, or begin a new one with another --out, maybe from a checkpoint by --init"
         )
     for name in ("model", "task"):
         if typed.get(name, settings[name]) != settings[name]:
@@ -410,8 +413,11 @@ ALARM_METRICS = ("acc_t1", "acc_t2", "copied", "cut_off", "kl_t1", "kl_t2")
 def raise_alarms(lines: list[dict], base: dict, progress: Progress, fresh: bool) -> list[str]:
     """The alarms that go off at the last line; each is printed and raised once.
 
-    base: metrics of the base model, sampled. fresh: the policy began as a copy of the base.
+    base: metrics of the base model, sampled. fresh: the policy began as a copy of the base. In SFT
+    another model is sampled than the one that learns: no alarm is about it.
     """
+    if lines[-1]["stage"] in SFT:
+        return []
     window = lines[-min(ALARM_STEPS, progress.step) :]
     full = len(window) == ALARM_STEPS
     mean = {key: sum(line[key] for line in window) / len(window) for key in ALARM_METRICS}

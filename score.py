@@ -338,7 +338,7 @@ def one_step(learner: Learner, run: Run, progress: Progress, stage: str) -> dict
     line = {"step": number, "stage": stage, **measure(episodes)}
     line |= {"learned": len(lessons) / len(episodes), "beta2": progress.beta2}
     line |= update(learner, lessons, stage, progress.beta2)
-    if cfg.adaptive_beta2:
+    if cfg.adaptive_beta2 and stage in ("1", "1b"):
         progress.beta2 = adapted(progress.beta2, line, cfg)
     progress.step += 1
     base = run.results["base, sampled"]
@@ -391,12 +391,13 @@ def attempts_in(stage: str, cfg: Config) -> int:
 
 
 def adapted(beta2: float, line: dict, cfg: Config) -> float:
-    """β2 of the next step, such that β2 KL(y1) becomes as large as the mean |advantage| of y2.
+    """β2 of the next step: β2 KL(y1) is to become as large as the mean |advantage| of y2.
 
     Section 5.3 has an adaptive β2 "to balance the magnitudes" of both; the rule is NOT STATED. Here
     β2 changes by a tenth a step at most, and stays within a tenth and 10 times the flag's.
     """
-    wanted = line["advantage"] / max(line["kl_t1"], 1e-9)
+    held = sum(line[f"kl_t{i}"] for i in range(1, attempts_in(line["stage"], cfg)))
+    wanted = line["advantage"] / max(held, 1e-9)
     beta2 *= min(max(wanted / beta2, 1 / 1.1), 1.1)
     return min(max(beta2, cfg.beta2 / 10), cfg.beta2 * 10)
 

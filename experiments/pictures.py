@@ -107,7 +107,6 @@ def draw_sft(folders: list[Path]):
         weights = [1 / len(ratios)] * len(ratios)
         style = {"histtype": "step", "linewidth": 1.8, "color": COLORS[name]}
         axes[0].hist(ratios, BINS, weights=weights, label=NAMES[name], **style)
-    axes[0].set_xlim(0, 0.6)
     axes[0].set_xlabel("edit distance of attempts 1 and 2 over their length")
     axes[0].set_ylabel("share of problems")
     axes[0].legend(frameon=False)
@@ -162,9 +161,10 @@ def draw_attempts(folders: list[Path]):
     for name in ("base", "star+", "pair", "direct", "score"):
         files = [folder / f"eval-attempts-{name}" / "metrics.json" for folder in folders]
         found = [json.loads(file.read_text())["metrics"] for file in files]
-        curves = [[metrics[f"acc_t{i}"] for i in range(1, 11)] for metrics in found]
-        over_seeds(axes[0], range(1, 11), curves, name, marker="o", markersize=3)
-    axes[0].set_xticks(range(1, 11))
+        numbers = range(1, 1 + sum(key.startswith("acc_t") for key in found[0]))
+        curves = [[metrics[f"acc_t{i}"] for i in numbers] for metrics in found]
+        over_seeds(axes[0], numbers, curves, name, marker="o", markersize=3)
+    axes[0].set_xticks(numbers)
     axes[0].set_xlabel("attempt")
     axes[0].set_ylabel("accuracy")
     axes[0].legend(frameon=False, fontsize=8, loc="center right")

@@ -13,6 +13,7 @@ these are score.py's, for every run. Writes results.json, table.md and pictures 
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from pathlib import Path
 import torch
 from mpmath import betainc
 from tqdm import tqdm
+from transformers import AutoConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -30,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 import runs  # noqa: E402
 from data import InputError  # noqa: E402
 from experiments import pictures  # noqa: E402
+from figures import canvas  # noqa: E402
 from score import Config, configure  # noqa: E402
 
 # --- 1. The grid ---------------------------------------------------------------------------------
@@ -51,7 +54,11 @@ TRAINED = {  # name of the run: flags, and the checkpoint they end with
 }
 EVALUATED = {  # kind: flags of eval.py, the runs whose last checkpoint it is for, its file
     "refine": ("--refine", ("base",), "metrics.json"),
-    "attempts": ("--attempts 10", ("base", "star+", "pair", "direct", "score"), "metrics.json"),
+    "attempts": (
+        "--attempts {attempts}",
+        ("base", "star+", "pair", "direct", "score"),
+        "metrics.json",
+    ),
     "repair": ("--repair", ("star+", "pair", "pair+", "direct", "score"), "metrics.json"),
     "samples": ("--samples 16", ("score",), "scaling.json"),
 }
@@ -72,6 +79,7 @@ ROWS = {  # of the table: title, the run and its checkpoint
     "star-stage2": ("SCoRe with STaR in Stage II", "star-stage2", "star+-3"),
     "offline": ("SCoRe without online first attempts", "offline", "stage2"),
 }
+ASKING = 150  # tokens, about, of the words that ask for one more attempt
 COLUMNS = {
     "acc_t1": "acc@t1",
     "acc_t2": "acc@t2",
@@ -104,7 +112,20 @@ def model_of(folder: Path, name: str, model: str) -> str:
     return str(folder / name / TRAINED[name][1])
 
 
-def plan(out: Path, seeds: int, typed: dict, given: list[str]) -> list[list[Job]]:
+def most_attempts(cfg: Config) -> int:
+    """Ten, or as many as the base model has positions for beside a prompt of 1,024 tokens."""
+    if cfg.model == "builtin":
+        return 10
+    try:
+        config = AutoConfig.from_pretrained(cfg.model)
+    except Exception as error:  # whatever a damaged folder or an absent network raises
+        raise InputError(f"--model {cfg.model} cannot be loaded: name a checkpoint") from error
+    positions = getattr(config, "max_position_embeddings", None) or 10**9
+    each = cfg.max_new_tokens + ASKING
+    return min(10, max(2, (positions - 1024) // each))
+
+
+def plan(out: Path, seeds: int, typed: dict, given: list[str], attempts: int) -> list[list[Job]]:
     """All jobs, in waves that need those before: SCoRe, what is compared with it, evaluations."""
     cfg = configure(typed)
     steps = cfg.steps1 + cfg.steps2
@@ -129,7 +150,7 @@ def plan(out: Path, seeds: int, typed: dict, given: list[str]) -> list[list[Job]
             for name in models:
                 where = folder / f"eval-{kind}-{name}"
                 model = ["--model", model_of(folder, name, cfg.model), *of_eval(typed)]
-                words = [*model, *flags.split()]
+                words = [*model, *flags.format(attempts=attempts).split()]
                 waves[2].append(Job(f"{kind} {name} {seed}", where, "eval.py", words, file, key))
     return waves
 
@@ -143,8 +164,8 @@ def of_eval(typed: dict) -> list[str]:
 # --- 2. Doing it ---------------------------------------------------------------------------------
 
 
-def do(job: Job, launcher: list[str]) -> None:
-    """Begin a job, or go on with it."""
+def do(job: Job, launcher: list[str], running: list[subprocess.Popen]) -> None:
+    """Begin a job, or go on with it; it is in `running` meanwhile."""
     if job.done():
         return
     begun = job.script == "score.py" and (job.folder / "metrics.jsonl").exists()
@@ -157,23 +178,30 @@ def do(job: Job, launcher: list[str]) -> None:
     with log.open("a") as file:
         file.write(" ".join(command) + "\n")
         file.flush()
-        ended = subprocess.run(command, check=False, env=environment, stdout=file, stderr=file)
-    if ended.returncode or not job.done():
-        raise InputError(f"{job.name} ended with status {ended.returncode}: read {log}")
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+        running.append(process)
+        status = process.wait()
+        running.remove(process)
+    if status or not job.done():
+        last = log.read_text().replace("\r", "\n").strip().splitlines()[-1]
+        raise InputError(f"{job.name} ended with status {status}, see {log}: {last}")
 
 
 def do_all(waves: list[list[Job]], jobs: int, launcher: list[str]) -> None:
-    """Do each wave, `jobs` at a time; what has begun ends before an error does."""
+    """Do each wave, `jobs` at a time; at an error or a signal, what runs is told to save."""
+    running = []
     with tqdm(total=sum(map(len, waves)), desc="reproduce", unit="run") as bar:
         for wave in waves:
             with ThreadPoolExecutor(jobs) as pool:
-                begun = [pool.submit(do, job, launcher) for job in wave]
+                begun = [pool.submit(do, job, launcher, running) for job in wave]
                 try:
                     for one in as_completed(begun):
                         one.result()
                         bar.update()
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
+                    for process in running:
+                        process.terminate()
                     raise
 
 
@@ -200,7 +228,7 @@ def p_value(ours: list[float], theirs: list[float]) -> float | None:
 
     P(|T| >= t) = I_x(ν / 2, 1 / 2) with x = ν / (ν + t²) and ν = n - 1 degrees of freedom.
     """
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    differences = [round(a - b, 9) for a, b in zip(ours, theirs, strict=True)]
     if len(differences) < 2 or statistics.stdev(differences) == 0:
         return None
     n, spread = len(differences), statistics.stdev(differences)
@@ -218,16 +246,16 @@ def table(results: dict) -> str:
         cells = [mean_and_spread(metrics[column]) for column in COLUMNS]
         for column in tested:
             p = None if name == "score" else p_value(ours[column], metrics[column])
-            cells.append("" if p is None else "< .001" if p < 0.001 else f"{p:.3f}"[1:])
+            cells.append(
+                "" if p is None else "< .001" if p < 0.001 else f"{p:.3f}".replace("0.", ".")
+            )
         lines.append(f"| {ROWS[name][0]} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def mean_and_spread(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.3f}".replace("0.", ".")
-    if len(values) < 2:
-        return mean
-    return f"{mean} ± " + f"{statistics.stdev(values):.3f}".replace("0.", ".")
+    parts = [statistics.mean(values)] + ([statistics.stdev(values)] if len(values) > 1 else [])
+    return " ± ".join(f"{round(part, 3) + 0.0:.3f}".replace("0.", ".") for part in parts)
 
 
 # --- 4. Main -------------------------------------------------------------------------------------
@@ -244,6 +272,7 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, dict, list[
     args, given = parser.parse_known_args(argv)
     typed = runs.parse_flags(Config, __doc__, given)
     ours = {"stage", "out", "seed", "init", "alpha", "beta2", "offline", "attempts", "resume"}
+    ours |= {"adaptive_beta2"}
     for name in sorted(ours & set(typed)):
         raise InputError(f"{runs.as_flag(name)} is what the methods differ in: leave it out")
     if args.seeds < 1 or args.nproc_per_node < 0:
@@ -253,26 +282,13 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, dict, list[
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """The command line; returns the exit status: 0 done, 2 bad input, 130 stopped."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         args, typed, given = parse_flags(argv)
-        args.out.mkdir(parents=True, exist_ok=True)
-        settings = runs.read_json(args.out / "settings.json") or typed
-        if settings != typed:
-            raise InputError(f"--out {args.out} holds runs with {settings}: name another folder")
-        runs.write_atomically(args.out / "settings.json", json.dumps(typed))
-        launcher, jobs = [sys.executable], os.cpu_count() or 1
-        if args.nproc_per_node:
-            launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={args.nproc_per_node}"]
-        if torch.cuda.is_available() or args.nproc_per_node:
-            jobs = 1
-        do_all(plan(args.out, args.seeds, typed, given), jobs, launcher)
-        results = collect(args.out, args.seeds, settings)
-        runs.write_atomically(args.out / "results.json", json.dumps(results, indent=1))
-        runs.write_atomically(args.out / "table.md", table(results))
-        print(table(results), end="")
-        for path in pictures.draw(args.out, args.seeds):
-            print("wrote", path)
+        canvas(1, 1, (1, 1))  # is there something to draw with?
+        with runs.alone_in(args.out):
+            go(args, typed, given)
     except InputError as error:
         print(f"reproduce.py: {error}", file=sys.stderr)
         return 2
@@ -280,6 +296,30 @@ def main(argv: list[str] | None = None) -> int:
         print("stopped: the same command goes on, run by run", file=sys.stderr)
         return 130
     return 0
+
+
+def go(args: argparse.Namespace, typed: dict, given: list[str]) -> None:
+    """Do what is left to do, and write results.json, table.md and pictures."""
+    kept = args.out / "settings.json"
+    begun = kept.exists() and any(args.out.glob("seed-*/*/config.json"))
+    settings = runs.read_json(kept) if begun else typed
+    if settings != typed:
+        words = " ".join(f"{runs.as_flag(name)} {value}" for name, value in settings.items())
+        raise InputError(f"--out {args.out} holds runs with {words or 'no flags'}: name another")
+    waves = plan(args.out, args.seeds, typed, given, most_attempts(configure(typed)))
+    runs.write_atomically(kept, json.dumps(typed))
+    launcher, jobs = [sys.executable], os.cpu_count() or 1
+    if args.nproc_per_node:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={args.nproc_per_node}"]
+    if torch.cuda.is_available() or args.nproc_per_node:
+        jobs = 1
+    do_all(waves, jobs, launcher)
+    results = collect(args.out, args.seeds, settings)
+    runs.write_atomically(args.out / "results.json", json.dumps(results, indent=1))
+    runs.write_atomically(args.out / "table.md", table(results))
+    print(table(results), end="")
+    for path in pictures.draw(args.out, args.seeds):
+        print("wrote", path)
 
 
 if __name__ == "__main__":

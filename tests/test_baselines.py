@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import read_state
 from gemma import FILES, fitted_checkpoint, gemma_model, gemma_tokenizer
 from test_runs import SMALL, assert_equal, interrupt_at, run_score, signals, tree  # noqa: F401
 from test_score import gradient, learner, with_rewards  # noqa: F401
@@ -153,16 +152,20 @@ def test_each_iteration_of_star_samples_the_one_before_and_learns_from_the_start
 
 
 def test_the_last_checkpoint_of_sft_is_kept_even_off_the_saving_grid(
-    checkpoint, tmp_path, rewarding
+    checkpoint, tmp_path, monkeypatch, rewarding
 ):
-    flags = ["--model", checkpoint, "--out", tmp_path, *SMALL, "--stage", "pair", "--steps2", 3]
-    assert run_score(*flags, "--lr", "0.01") == 0
-    state = read_state(tmp_path)
+    one_step, steps = score.one_step, []
+
+    def watched(its, *rest):
+        line = one_step(its, *rest)
+        steps.append(weights(its.policy))
+        return line
+
+    monkeypatch.setattr(score, "one_step", watched)
+    flags = ["--model", checkpoint, "--out", tmp_path, *SMALL, "--stage", "pair", "--lr", "0.01"]
+    assert run_score(*flags) == 0  # 3 steps, saved every 2
     kept = weights(load_checkpoint(str(tmp_path / "pair"))[0])
-    # SMALL saves every 2 steps; the state, after the stage, holds what the stage ended with
-    assert all(torch.equal(kept[name], state[f"weights.{name}"]) for name in ("model.norm.weight",))
-    assert run_score(*flags[:2], "--out", tmp_path / "two", *flags[4:-1], 2, "--lr", "0.01") == 0
-    assert not equal(kept, weights(load_checkpoint(str(tmp_path / "two" / "pair"))[0]))
+    assert equal(kept, steps[2]) and not equal(kept, steps[1])
 
 
 @pytest.mark.parametrize("plan", ["star,star", "1,1b,2"])
@@ -274,8 +277,10 @@ def test_beta2_follows_the_ratio_of_reward_and_kl_by_a_tenth_a_step_within_bound
         (0.99, 0.5, 0.01, 1.0),  # ten times the flag's
         (0.0105, 0.0, 2.0, 0.01),
     ):
-        line = {"advantage": advantage, "kl_t1": kl}
+        line = {"stage": "1", "advantage": advantage, "kl_t1": kl, "kl_t2": 99.0}
         assert adapted(beta2, line, cfg) == pytest.approx(expected)
+        both = {**line, "stage": "1b", "kl_t1": kl / 4, "kl_t2": 3 * kl / 4, "kl_t3": 99.0}
+        assert adapted(beta2, both, cfg) == pytest.approx(expected)
 
 
 def test_an_adaptive_beta2_is_logged_used_and_resumed(checkpoint, tmp_path, monkeypatch):
@@ -304,7 +309,10 @@ def test_an_adaptive_beta2_is_logged_used_and_resumed(checkpoint, tmp_path, monk
         (["--stage", "1,1b,2"], "--attempts 2 is too few"),
         (["--attempts", "1"], "--attempts 1 is too few"),
         (["--stage", "star", "--attempts", "3"], "--attempts 3 is for stages 1, 1b and 2"),
-        (["--stage", "0", "--offline", "0.5"], "--offline 0.5 is for stages 1, 1b and 2"),
+        (["--stage", "0", "--offline", "0.5"], "--offline 0.5 is for stages 1 and 2"),
+        (["--stage", "1,1b", "--attempts", "3", "--offline", "1"], "is for stages 1 and 2"),
+        (["--adaptive-beta2", "--beta2", "0"], "--adaptive-beta2 is for Stage I with a --beta2"),
+        (["--adaptive-beta2", "--stage", "pair"], "--adaptive-beta2 is for Stage I"),
         (["--stage", "1b", "--attempts", "3"], "needs a Stage I"),
         (["--stage", "stars"], "--stage stars is unknown"),
     ],
@@ -364,6 +372,13 @@ def test_self_refine_measures_both_attempts_and_keeps_the_feedback(tmp_path, cap
     metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
     assert len(rows) == 4 and all(row["feedback"] and len(row["attempts"]) == 2 for row in rows)
     assert metrics["acc_t2"] == sum(row["attempts"][1]["reward"] for row in rows) / 4
+    loaded, tokenizer = load_checkpoint(str(model))
+    problems = load_problems("math", "test", 4, str(FILES))
+    chat = refining(tokenizer, loaded, "math")
+    for row, made in zip(rows, rollout(loaded, chat, problems, Sampling(3, 40, 0.0)), strict=True):
+        one, said, two = made.attempts
+        assert [y["tokens"] for y in row["attempts"]] == [one.tokens, two.tokens]
+        assert row["feedback"] == said.text
     assert "acc_t3" not in metrics
     for wrong in (["--attempts", "3"], ["--samples", "2"], ["--repair"]):
         assert evaluation.main([*map(str, asked), "--refine", *wrong]) == 2

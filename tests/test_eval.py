@@ -153,6 +153,13 @@ def test_eval_writes_metrics_and_every_transcript(checkpoint, tmp_path, capsys):
     assert run_eval("--model", checkpoint, "--problems", 5, "--out", tmp_path / "other") == 0
 
 
+def test_metrics_are_written_last_since_they_say_that_all_is_done(checkpoint, monkeypatch):
+    written = []
+    monkeypatch.setattr(evaluation, "write_atomically", lambda path, _: written.append(path.name))
+    assert run_eval("--model", checkpoint, "--problems", 2) == 0
+    assert written == ["transcripts.jsonl", "metrics.json"]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

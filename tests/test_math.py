@@ -16,6 +16,7 @@ from test_runs import assert_equal, interrupt_at, run_score, signals, tree  # no
 
 import eval as evaluation
 import models
+import ranks
 import score
 from models import adam, load_checkpoint
 from sample import Sampling, collate, rollout, transcript
@@ -142,6 +143,19 @@ def test_sampled_log_probs_equal_the_scored_ones(small_gemma, precision, gap, te
             mine = logp[row][own[row] == number]
             torch.testing.assert_close(mine, torch.tensor(attempt.logp), rtol=0, atol=gap)
     assert kl.abs().max() == 0
+
+
+def test_a_sharded_reference_that_has_computed_takes_all_weights_of_another_model(small_gemma):
+    learner = make_learner(small_gemma, "bfloat16")
+    rows = [transcript(episode, learner.chat) for episode in episodes_of(learner)]
+    score.score(learner, *collate(rows, "cpu"))  # what looked forward is still gathered
+    other = load_checkpoint(str(small_gemma), "bfloat16")[0]
+    for weight in other.parameters():
+        weight.data += 1
+    ranks.load_into(learner.ref, other)
+    found = ranks.plain(learner.ref, learner.plain)
+    for (name, one), two in zip(found.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two), name
 
 
 @pytest.mark.parametrize(("recompute", "calls"), [(0, 1), (1, 2)])

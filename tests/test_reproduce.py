@@ -2,24 +2,28 @@
 
 import json
 import os
-import subprocess
+import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from gemma import FILES
+from gemma import FILES, gemma_model, gemma_tokenizer
 
 import eval as evaluation
 import score
+from data import InputError
 from experiments import pictures, reproduce
-from runs import Run, check_settings, parse_flags, plan_of
+from models import save_checkpoint
+from runs import Run, alone_in, check_settings, parse_flags, plan_of
 
 TINY = ["--steps1", "3", "--steps2", "2", "--batch", "8", "--k", "2", "--problems", "6"]
 
 
 def jobs(*flags):
     args, typed, given = reproduce.parse_flags(list(map(str, flags)))
-    return [job for wave in reproduce.plan(args.out, args.seeds, typed, given) for job in wave]
+    waves = reproduce.plan(args.out, args.seeds, typed, given, attempts=10)
+    return [job for wave in waves for job in wave]
 
 
 @pytest.mark.parametrize(
@@ -65,6 +69,7 @@ def test_p_is_that_of_a_paired_t_test():
     assert reproduce.p_value([0.0, 0.0], [1.0, 2.0]) == pytest.approx(0.20483, abs=1e-5)
     assert reproduce.p_value([1.0], [0.0]) is None
     assert reproduce.p_value([1.0, 1.0], [0.5, 0.5]) is None
+    assert reproduce.p_value([0.3, 0.4], [0.2, 0.3]) is None  # equal but for rounding
 
 
 def test_the_table_has_means_spreads_and_p():
@@ -81,33 +86,51 @@ def test_the_table_has_means_spreads_and_p():
     assert score_row.endswith("|  |  |")
     alone = {"rows": {name: {c: v[:1] for c, v in rows[name].items()} for name in rows}}
     assert "±" not in reproduce.table(alone)
+    rows["base"] = {**usual, "acc_t2": [0.6, 0.5]}
+    assert reproduce.table({"rows": rows}).splitlines()[2].split("|")[-3].strip() == "1.000"
+    assert reproduce.mean_and_spread([-1e-5, 0.0]) == ".000 ± .000"
 
 
-def in_process(command, *, check, env, stdout, stderr):
-    """A job's command without a new process."""
-    script, flags = Path(command[-len(command) + 1]).name, command[2:]
-    main = {"score.py": score.main, "eval.py": evaluation.main}[script]
-    return subprocess.CompletedProcess(command, main(flags))
+class InProcess:
+    """A job's command without a new process; `calls` has all of them, and `stop` may be raised."""
+
+    calls, stop_at, stop = None, 0, None
+
+    def __init__(self, command, *, env, stdout, stderr):
+        self.command = command
+
+    def wait(self):
+        self.calls.append(self.command)
+        if len(self.calls) == self.stop_at:
+            raise self.stop
+        main = {"score.py": score.main, "eval.py": evaluation.main}[Path(self.command[1]).name]
+        return main(self.command[2:])
+
+    def terminate(self):
+        pass
 
 
-def test_the_whole_grid_runs_and_goes_on_after_a_stop(checkpoint, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def calls(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    flags = ["--seeds", "1", "--out", "grid", "--model", str(checkpoint), *TINY]
-    calls = []
-
-    def stopping(command, **settings):
-        calls.append(command)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return in_process(command, **settings)
-
-    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=stopping))
+    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(Popen=InProcess))
     monkeypatch.setattr(Run, "stop_on_signals", lambda run: None)  # jobs are threads here
+    monkeypatch.setattr(InProcess, "calls", [])
+    return InProcess.calls
+
+
+def test_the_whole_grid_runs_and_goes_on_after_a_stop(
+    checkpoint, tmp_path, monkeypatch, calls, capsys
+):
+    flags = ["--seeds", "1", "--out", "grid", "--model", str(checkpoint), *TINY]
+    monkeypatch.setattr(InProcess, "stop_at", 5)
+    monkeypatch.setattr(InProcess, "stop", KeyboardInterrupt())
     assert reproduce.main(flags) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert reproduce.main(flags) == 0
-    assert len(calls) == 1 + len(jobs("--seeds", 1))  # one was begun twice, and none again
+    every = jobs("--seeds", 1, "--model", checkpoint)
+    assert len(calls) == 1 + len(every)  # one was begun twice, and none again
     printed = capsys.readouterr().out
     out = tmp_path / "grid"
     results = json.loads((out / "results.json").read_text())
@@ -119,23 +142,92 @@ def test_the_whole_grid_runs_and_goes_on_after_a_stop(checkpoint, tmp_path, monk
     assert results["rows"]["star"]["acc_t2"] == [star["acc_t2"]]
     refined = json.loads((out / "seed-0" / "eval-refine-base" / "metrics.json").read_text())
     assert results["rows"]["refine"]["acc_t2"] == [refined["metrics"]["acc_t2"]]
-    assert reproduce.main(flags) == 0 and len(calls) == 1 + len(jobs("--seeds", 1))
+    assert reproduce.main(flags) == 0 and len(calls) == 1 + len(every)
     assert reproduce.main([*flags, "--lr", "0.1"]) == 2
-    assert "name another folder" in capsys.readouterr().err
+    assert "--problems 6: name another" in capsys.readouterr().err
+    with alone_in(out):
+        assert reproduce.main(flags) == 2
+    assert "--out grid is in use" in capsys.readouterr().err
+
+
+def test_settings_are_kept_once_a_run_has_begun_and_not_before(
+    checkpoint, monkeypatch, calls, capsys
+):
+    out = ["--seeds", "1", "--out", "grid", *TINY]
+    assert reproduce.main([*out, "--model", "./mistyped"]) == 2
+    assert not calls and "--model ./mistyped cannot be loaded" in capsys.readouterr().err
+    monkeypatch.setattr(InProcess, "stop_at", 2)
+    monkeypatch.setattr(InProcess, "stop", InputError("stop"))
+    assert reproduce.main([*out, "--model", str(checkpoint)]) == 2
+    begun = len(calls)
+    assert begun >= 2 and reproduce.main([*out, "--model", str(checkpoint), "--lr", "0.1"]) == 2
+    assert "holds runs with" in capsys.readouterr().err and len(calls) == begun
+
+
+def test_what_is_stopped_is_told_to_save(monkeypatch):
+    ended = []
+
+    class Slow(InProcess):
+        def wait(self):
+            while not ended:
+                time.sleep(0.01)
+            return 1
+
+        def terminate(self):
+            ended.append(self.command[-1])
+
+    class Broken(InProcess):
+        def wait(self):
+            while not running:
+                time.sleep(0.01)
+            return 3
+
+    running = []
+
+    def begin(command, **settings):
+        if command[-1] == "slow":
+            running.append(command)
+            return Slow(command, **settings)
+        return Broken(command, **settings)
+
+    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(Popen=begin))
+    folder = Path(tempfile.mkdtemp())
+    grid = [
+        reproduce.Job(name, folder / name, "score.py", [name], "results.json", "stage2")
+        for name in ("slow", "broken", "never")
+    ]
+    with pytest.raises(InputError, match="broken ended with status 3"):
+        reproduce.do_all([grid], 2, ["python"])
+    assert ended == ["slow"] and not (folder / "never.log").exists()
+
+
+def test_a_model_of_few_positions_has_fewer_attempts_in_a_row(tmp_path):
+    tokenizer = gemma_tokenizer()
+    model = gemma_model(tokenizer)
+    for positions, expected in ((8192, 6), (2048, 2), (32768, 10)):
+        model.config.max_position_embeddings = positions
+        save_checkpoint(tmp_path / "model", model, tokenizer)
+        flags = {"task": "math", "model": str(tmp_path / "model")}
+        assert reproduce.most_attempts(score.configure(flags)) == expected
+    assert reproduce.most_attempts(score.Config()) == 10
 
 
 def test_a_run_that_fails_is_named_with_its_log(tmp_path, capsys):
-    flags = ["--seeds", "1", "--out", str(tmp_path / "grid"), "--model", str(tmp_path), *TINY]
+    tokenizer = gemma_tokenizer()
+    save_checkpoint(tmp_path / "model", gemma_model(tokenizer), tokenizer)
+    flags = ["--seeds", "1", "--out", str(tmp_path / "grid"), "--model", str(tmp_path / "model")]
+    flags += [*TINY, "--task", "math", "--data", str(tmp_path / "nowhere")]
     assert reproduce.main(flags) == 2
     message = capsys.readouterr().err.splitlines()[-1]
-    assert message.endswith(f"score 0 ended with status 2: read {tmp_path}/grid/seed-0/score.log")
-    assert "no config.json" in (tmp_path / "grid" / "seed-0" / "score.log").read_text()
+    assert f"score 0 ended with status 2, see {tmp_path}/grid/seed-0/score.log" in message
+    assert message.endswith("nowhere is no folder: name one with JSONL files")
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--alpha", "1"], "--alpha is what the methods differ in"),
+        (["--adaptive-beta2"], "--adaptive-beta2 is what the methods differ in"),
         (["--seed", "3"], "--seed is what the methods differ in"),
         (["--seeds", "0"], "--seeds must be 1 or more"),
         (["--k", "1"], "--k 1 leaves no sibling"),

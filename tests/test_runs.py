@@ -219,7 +219,9 @@ def test_single_turn_rl_is_a_run_of_its_own(checkpoint, tmp_path, capsys):
     assert draw(out).stat().st_size > 5000
 
 
-def test_the_checkpoint_of_single_turn_rl_is_that_of_the_best_first_attempts(tmp_path, monkeypatch):
+def test_the_checkpoint_kept_is_that_of_the_best_attempts_that_the_stage_trains(
+    tmp_path, monkeypatch
+):
     saved = []
     monkeypatch.setattr(models, "save_checkpoint", lambda folder, *_: saved.append(folder.name))
     monkeypatch.setattr(ranks, "plain", lambda *_: None)
@@ -233,13 +235,19 @@ def test_the_checkpoint_of_single_turn_rl_is_that_of_the_best_first_attempts(tmp
     for stage, lines in (
         ("0", [(0.1, 0.9), (0.2, 0.1), (0.1, 0.9)]),
         ("1", [(0.9, 0.1), (0.1, 0.2)]),
+        ("1b", [(0.1, 0.9), (0.1, 0.2), (0.1, 0.1)]),
+        ("pair", [(0.9, 0.9), (0.1, 0.1)]),
     ):
         progress.best, name = -1.0, f"stage{stage}"
         for acc_t1, acc_t2 in lines:
-            run.lines.append({"acc_t1": acc_t1, "acc_t2": acc_t2})
+            run.lines.append({"acc_t1": acc_t1, "acc_t2": acc_t2, "acc_t3": 1 - acc_t2})
             progress.step += 1
             score.keep_best(learner, run, progress, stage, name)
-    assert saved == ["stage0", "stage0", "stage1", "stage1"]
+    # attempt 1's, attempt 2's, attempt 3's (1 - acc_t2), and always
+    assert saved == [f"stage{stage}" for stage in ("0", "0", "1", "1", "1b", "1b", "1b")] + [
+        "stagepair",
+        "stagepair",
+    ]
 
 
 def test_two_commands_never_write_to_one_folder(checkpoint, tmp_path, capsys):
@@ -283,6 +291,8 @@ def test_the_control_starts_from_the_base_with_init(checkpoint, tmp_path):
         (["--init", "empty"], "no config.json"),
         (["--model", "empty"], "no config.json"),
         (["--model", "no/such"], "no/such"),
+        (["--model", "/no/such"], "/no/such does not exist: was it moved?"),
+        (["--init", "runs/no/such"], "runs/no/such does not exist"),
         (["--precision", "int4"], "--precision int4"),
         (["--recompute", "2"], "--recompute 2"),
         (["--temperature", "0"], "--temperature"),
@@ -376,6 +386,7 @@ def test_a_damaged_file_is_named_and_kept_on_resume(name, damage, finished, caps
 
 def line(step, **metrics):
     usual = {
+        "stage": "1",
         "acc_t1": 0.5,
         "acc_t2": 0.6,
         "copied": 0.5,
@@ -394,6 +405,7 @@ def line(step, **metrics):
         ({"cut_off": 0.11}, "cut off"),
         ({}, None),
         ({"acc_t1": 0.44, "acc_t2": 0.4}, None),
+        ({"stage": "pair", "copied": 0.96}, None),  # of the model that samples, not of the learner
     ],
 )
 def test_an_alarm_is_raised_once(metrics, word, capsys):
