@@ -92,9 +92,12 @@ def by_group(episodes: list[Episode]) -> dict[str, dict[str, float]]:
 
 
 def as_table(rows: dict[str, dict[str, float]]) -> str:
-    """The five metrics of the paper and the share of copied answers, a line a model."""
-    names = ["acc_t1", "acc_t2", "delta", "delta_i_to_c", "delta_c_to_i", "copied"]
-    heads = ["acc@t1", "acc@t2", "delta", "i->c", "c->i", "copied"]
+    """Accuracy of each attempt, the paper's other metrics and copied answers, a line a model."""
+    count = min(sum(name.startswith("acc_t") for name in metrics) for metrics in rows.values())
+    names = [f"acc_t{i}" for i in range(1, count + 1)]
+    heads = [f"acc@t{i}" for i in range(1, count + 1)]
+    names += ["delta", "delta_i_to_c", "delta_c_to_i", "copied"]
+    heads += ["delta", "i->c", "c->i", "copied"]
     width = max(16, *(len(row) + 1 for row in rows))
     lines = [" " * width + "".join(f"{head:>8}" for head in heads)]
     for row, metrics in rows.items():

@@ -245,7 +245,7 @@ def test_the_gradient_with_three_attempts_is_that_of_the_equations(stage):
 
 
 def test_stage_1b_teaches_attempt_3_and_is_held_at_the_model_of_stage_1a(
-    checkpoint, tmp_path, monkeypatch
+    checkpoint, tmp_path, monkeypatch, capsys
 ):
     one_step, refs = score.one_step, {}
 
@@ -262,6 +262,7 @@ def test_stage_1b_teaches_attempt_3_and_is_held_at_the_model_of_stage_1a(
     taught = weights(load_checkpoint(str(tmp_path / "run" / "stage1"))[0])
     assert equal(refs["1"], base) and equal(refs["2"], base) and equal(refs["1b"], taught)
     assert not equal(base, taught)
+    assert "acc@t1  acc@t2  acc@t3   delta" in capsys.readouterr().out
     results = tree(tmp_path / "run")["results"]
     assert list(results) == ["base", "base, sampled", "stage1", "stage1b", "stage2"]
     assert all("acc_t3" in metrics for metrics in results.values())
