@@ -285,7 +285,7 @@ def test_beta2_follows_the_ratio_of_reward_and_kl_by_a_tenth_a_step_within_bound
 
 
 def test_an_adaptive_beta2_is_logged_used_and_resumed(checkpoint, tmp_path, monkeypatch):
-    flags = ["--model", checkpoint, *SMALL, "--stage", "1", "--adaptive-beta2"]
+    flags = ["--model", checkpoint, *SMALL, "--stage", "1,1", "--adaptive-beta2"]
     used, objective = [], score.stage1_objective
 
     def watched(y, beta1, beta2):
@@ -295,7 +295,7 @@ def test_an_adaptive_beta2_is_logged_used_and_resumed(checkpoint, tmp_path, monk
     monkeypatch.setattr(score, "stage1_objective", watched)
     assert run_score(*flags, "--out", tmp_path / "whole") == 0
     logged = [line["beta2"] for line in tree(tmp_path / "whole")["lines"]]
-    assert logged[0] == 0.1 and len(set(logged)) > 2 and used == logged
+    assert logged[0] == 0.1 == logged[5] and len(set(logged)) > 2 and used == logged
     with monkeypatch.context() as patch:
         interrupt_at(patch, 2, lambda: (_ for _ in ()).throw(RuntimeError()))
         with pytest.raises(RuntimeError):
@@ -325,10 +325,21 @@ def test_stages_that_cannot_work_are_one_sentence(flags, words, checkpoint, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_stage_2_goes_on_from_the_last_stage_of_a_run_in_parts(checkpoint, tmp_path):
+def test_stage_2_goes_on_from_the_last_stage_of_a_run_in_parts(
+    checkpoint, tmp_path, monkeypatch, rewarding
+):
     flags = ["--model", checkpoint, "--out", tmp_path / "run", *SMALL, "--lr", "0.01"]
     assert run_score(*flags, "--stage", "1,1b", "--attempts", 3) == 0
+    one_step, begun = score.one_step, []
+
+    def watched(its, *rest):
+        begun.append(weights(its.policy))
+        return one_step(its, *rest)
+
+    monkeypatch.setattr(score, "one_step", watched)
     assert run_score("--stage", "2", "--out", tmp_path / "run") == 0
+    assert equal(begun[0], weights(load_checkpoint(str(tmp_path / "run" / "stage1b"))[0]))
+    assert not equal(begun[0], weights(load_checkpoint(str(tmp_path / "run" / "stage1"))[0]))
     assert "acc_t3" in tree(tmp_path / "run")["results"]["stage2"]
     cfg, run, init, _ = runs.begin(
         {"out": str(tmp_path / "other"), "stage": "star", "model": str(checkpoint)}, score.configure
