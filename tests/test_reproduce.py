@@ -128,9 +128,24 @@ def test_the_whole_grid_runs_and_goes_on_after_a_stop(
     monkeypatch.setattr(InProcess, "stop", KeyboardInterrupt())
     assert reproduce.main(flags) == 130
     assert "the same command goes on" in capsys.readouterr().err
+    one_step, steps = score.one_step, []
+
+    def breaking(*what):
+        steps.append(what)
+        if len(steps) == 2:
+            raise InputError("no space left")
+        return one_step(*what)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "one_step", breaking)  # within a run, which is then resumed
+        assert reproduce.main(flags) == 2
+        assert "no space left" in capsys.readouterr().err
+    before = len(calls)
     assert reproduce.main(flags) == 0
+    assert [call[-1] for call in calls[before:]].count("--resume") == 1
     every = jobs("--seeds", 1, "--model", checkpoint)
-    assert len(calls) == 1 + len(every)  # one was begun twice, and none again
+    begun = len(calls)
+    assert begun <= len(every) + 4  # some were begun twice, and what is done is not done again
     printed = capsys.readouterr().out
     out = tmp_path / "grid"
     results = json.loads((out / "results.json").read_text())
@@ -142,7 +157,7 @@ def test_the_whole_grid_runs_and_goes_on_after_a_stop(
     assert results["rows"]["star"]["acc_t2"] == [star["acc_t2"]]
     refined = json.loads((out / "seed-0" / "eval-refine-base" / "metrics.json").read_text())
     assert results["rows"]["refine"]["acc_t2"] == [refined["metrics"]["acc_t2"]]
-    assert reproduce.main(flags) == 0 and len(calls) == 1 + len(every)
+    assert reproduce.main(flags) == 0 and len(calls) == begun
     assert reproduce.main([*flags, "--lr", "0.1"]) == 2
     assert "--problems 6: name another" in capsys.readouterr().err
     with alone_in(out):
