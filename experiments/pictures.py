@@ -48,7 +48,7 @@ def over_seeds(axis, x, curves: list[list[float]], name: str, **style) -> None:
     if len(curves) > 1:
         spread = [stdev(column) for column in columns]
         low, high = ([m + s * d for m, d in zip(middle, spread, strict=True)] for s in (-1, 1))
-        axis.fill_between(x, low, high, color=COLORS[name], alpha=0.15, linewidth=0)
+        axis.fill_between(x, low, high, color=COLORS[name], alpha=0.12, linewidth=0)
 
 
 # --- 1. What each token is multiplied by ---------------------------------------------------------
@@ -116,7 +116,7 @@ def draw_sft(folders: list[Path]):
         spread = [stdev(one) if len(one) > 1 else 0.0 for one in found]
         places = [x + shift for x in range(len(names))]
         axes[1].bar(places, [mean(one) for one in found], 0.4, yerr=spread, label=label)
-    axes[1].set_xticks(range(len(names)), [NAMES[name].replace(" (", "\n(") for name in names])
+    axes[1].set_xticks(range(len(names)), [NAMES[name].replace(" ", "\n", 1) for name in names])
     axes[1].set_ylabel("wrong first attempts that are corrected")
     axes[1].legend(
         title="first attempts", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
@@ -167,14 +167,15 @@ def draw_attempts(folders: list[Path]):
     axes[0].set_xticks(numbers)
     axes[0].set_xlabel("attempt")
     axes[0].set_ylabel("accuracy")
-    axes[0].legend(frameon=False, fontsize=8, loc="center right")
+    axes[0].set_ylim(0, 1.02)
+    axes[0].legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.9))
     draw_levels(axes[1], folders)
     files = [folder / "eval-samples-score" / "scaling.json" for folder in folders]
     lines = [read_json(file)["lines"] for file in files]
     budgets = [line["budget"] for line in lines[0]]
-    for vote in ("parallel", "sequential"):
+    for vote, label in (("parallel", "first attempts"), ("sequential", "corrections, of half")):
         means = [mean(line[vote] for line in row) for row in zip(*lines, strict=True)]
-        axes[2].plot(budgets, means, marker="o", label=vote)
+        axes[2].plot(budgets, means, marker="o", label=label)
     axes[2].set_xscale("log", base=2)
     axes[2].set_xticks(budgets, budgets)
     axes[2].set_xlabel("SCoRe: samples of a problem")
