@@ -1,6 +1,7 @@
 """What learns: policy, reference and optimizer, how they are built, and what each stage changes.
 
     stage      starts from                  reference π_ref       who samples
+    the first  the base model, or --init
     0, 1, 2    the stage before             the base model        the policy
     1b         the stage before             the stage before      the policy
     star       what came before the first   -                     the iteration before

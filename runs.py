@@ -83,7 +83,7 @@ class Progress:
 
     index: int = 0  # of the stage in cfg.stage
     step: int = 0  # updates done in that stage
-    best: float = -1.0  # acc@t2 of the checkpoint kept, over the steps between two saves
+    best: float = -1.0  # reward of the checkpoint kept, over the steps between two saves
     raised: list[str] = field(default_factory=list)  # alarms
     beta2: float = 0.0  # of the next step
 
@@ -325,6 +325,7 @@ def resume(typed: dict, configure) -> tuple:
     if set(settings) != set(vars(configure(typed))):
         raise InputError(f"{folder}/config.json is of another version of score.py: use that one")
     cfg = configure({**settings, "out": str(folder)})
+    check_task(cfg.task)
     run, where = read_run(folder)
     if where["stage"] != cfg.stage:
         raise InputError(f"the run in {folder} was killed before --stage 2 began: type that again")

@@ -7,7 +7,7 @@
     the log-prob of a token is multiplied by   in y1     in y2               and KL costs
       Stage I   (Eq. 3)                        0         r2                  β2 on y1, β1 on y2
       Stage II  (Eq. 4 and the bonus)          r1        r2 + α (r2 - r1)    β1 on both
-    each reward less its baseline, the mean of k - 1 siblings: samples of the same problem
+    each reward less its baseline: the mean r1, or r2, of k - 1 siblings, samples of that problem
 
     (Eq. 3)  max E[ r̂(y2, y*) - β2 KL(π(·|x1) ‖ π_ref(·|x1)) ]    and Eq. 2's β1 KL on y2
     (Eq. 4)  max E[ Σᵢ r̂(yᵢ, y*) - β1 KL(π(·|xᵢ) ‖ π_ref(·|xᵢ)) ]
@@ -17,7 +17,7 @@
 and then copies it. Stage I holds attempt 1 at the base model: reward can come only from what
 attempt 2 changes. Stage II trains both; the bonus pays for wrong -> right and fines right -> wrong.
 Credit is per attempt (γ = 0, appendix A.4): x2 is a given to y2, and y1 is never paid for r2 or the
-bonus. With α = 10, a right y1 would be paid r1 - α r1 = -9.
+bonus: with α = 10, it would be paid r1 - α r1 = -9 for being right.
 
     python score.py                 base model, Stage I and Stage II on column addition, on a CPU
     python score.py --stage 1       Stage I, then --stage 2; 1,1b,2: three attempts; or baselines.py
@@ -63,18 +63,18 @@ def flag(default, words: str):
 class Config:
     """All settings of a run. Defaults are the built-in task's; other tasks set theirs in TASKS."""
 
-    stage: str = flag("1,2", "stages in order, such as 1 or 1,2,1,2; others: 0 1b star pair")
+    stage: str = flag("1,2", "in order, such as 1 or 1,2,1,2; others: 0 1b star star+ pair pair+")
     model: str = flag("builtin", "base: builtin, folder or hub name")
-    init: str = flag("", "checkpoint to start the policy from, not the base, or Stage I")
+    init: str = flag("", "checkpoint from which the policy starts (default: the base model)")
     task: str = flag("sums", "what to learn: sums, math or code")
     data: str = flag("", "folder of the task's JSONL files, not the Hugging Face hub")
     ids: str = flag("", "of MBPP's problems to train on; NOT STATED")
     out: str = flag("runs/sums", "run folder")
     seed: int = flag(0, "of base model, data order and sampling")
-    steps1: int = flag(300, "updates in Stage I; split NOT STATED, Table 8: 3000 in all")
+    steps1: int = flag(300, "updates in stages 0, 1, 1b; Table 8: 3000 in all, split NOT STATED")
     steps2: int = flag(50, "updates in Stage II, and in one of star or pair")
     attempts: int = flag(2, "attempts at a problem in Stage II; 3 goes with --stage 1,1b,2")
-    batch: int = flag(256, "episodes per step, k per problem; Table 8, of NOT STATED")
+    batch: int = flag(256, "episodes per step, k per problem; Table 8 has 512, of NOT STATED")
     k: int = flag(8, "samples per problem, at least 2; NOT STATED, RLOO's paper: 2 and 4")
     lr: float = flag(2.5e-4, "Adam's rate; Table 8: 5e-6, a small model takes more")
     alpha: float = flag(10.0, "weight of the bonus; Table 8")
@@ -169,7 +169,7 @@ def kl_penalty(y: Scored) -> torch.Tensor:
 # To be maximised. Only their gradient means something: the equation's, y1 held constant for y2.
 
 
-# y1 and y2; a third attempt goes on in the same way (appendix A.1).
+# y: attempts 1 and 2; a third is treated as the second, after the one before it (appendix A.1).
 
 
 def stage1_objective(y: list[Scored], beta1: float, beta2: float) -> torch.Tensor:
@@ -316,6 +316,7 @@ def train(learner: Learner, run: Run, progress: Progress) -> None:
                 bar.update()
                 bar.set_postfix({key: f"{line[key]:.2f}" for key in ("acc_t1", "acc_t2", "copied")})
                 window_full, last = progress.step % cfg.save_every == 0, progress.step == steps
+                # the reward of a short last window is too noisy to choose by
                 if window_full or (last and (steps < cfg.save_every or stage in SFT)):
                     keep_best(learner, run, progress, stage, name)
                 if window_full or last or run.signal:
@@ -366,7 +367,7 @@ def sample(learner: Learner, problems: list[Problem], stage: str, seed: str) -> 
         begun = attempt(ref, problems[:split], replace(sampling, attempts=1))
     # after ref: there is one copy for both
     policy = learner.sampler or ranks.plain(learner.policy, learner.plain)
-    continued = attempt(policy, problems[:split], sampling, begun)
+    continued = attempt(policy, problems[:split], sampling, begun) if split else []
     return continued + attempt(policy, problems[split:], sampling)
 
 

@@ -2,7 +2,8 @@
 
     python experiments/backwards.py --task backwards
 
-All that a task is stands in one entry of TASKS (tasks.py): problems, words, reward, settings.
+All that a task is stands in one entry of TASKS: problems, words, reward, settings. Resume with
+this script, too (--resume). In tasks.py, the entry would be known to score.py and eval.py as well.
 """
 
 import random
@@ -42,7 +43,7 @@ TASKS["backwards"] = Task(
     max_new_tokens=32,
     precision="bfloat16",
     rows=256,
-    training={"model": "google/gemma-2-2b-it", "out": "runs/backwards", "lr": 5e-6},
+    training={**TASKS["math"].training, "out": "runs/backwards", "steps1": 200, "steps2": 50},
 )
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@
     python experiments/reproduce.py --model google/gemma-2-2b-it --task math --out runs/gemma
 
 What is finished is kept, so that after any stop the same command goes on, run by run. All methods
-have the same base model, updates and episodes per update. One thread a run and one run a core (on
-GPUs one run at a time), so that the numbers do not depend on the number of cores. Other flags than
-these are score.py's, for every run. Writes results.json, table.md and pictures (pictures.py).
+have the same base model, episodes per update and, but for rounding up, updates. One thread a run
+and one run a core (on GPUs one run at a time), so that the numbers do not depend on the number of
+cores. Other flags than these are score.py's, for every run. Writes results.json, table.md and
+pictures (pictures.py), which need requirements-dev.txt.
 """
 
 import argparse
@@ -18,11 +19,12 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from mpmath import betainc
+from torch.distributed.run import get_args_parser
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -144,7 +146,7 @@ def plan(out: Path, seeds: int, typed: dict, given: list[str], attempts: int) ->
             model = [] if name == "score" else ["--model", names["base"]]
             words = [*given, "--seed", str(seed), *own, *model]
             job = Job(f"{name} {seed}", folder / name, "score.py", words, "results.json", last)
-            waves[name != "score"].append(job)
+            waves[0 if name == "score" else 1].append(job)
         for kind, (flags, models, file) in EVALUATED.items():
             key = "lines" if file == "scaling.json" else "metrics"
             for name in models:
@@ -164,9 +166,23 @@ def of_eval(typed: dict) -> list[str]:
 # --- 2. Doing it ---------------------------------------------------------------------------------
 
 
-def do(job: Job, launcher: list[str], running: list[subprocess.Popen]) -> None:
-    """Begin a job, or go on with it; it is in `running` meanwhile."""
-    if job.done():
+@dataclass
+class Running:
+    """The commands that run, and whether no other may begin."""
+
+    processes: list[subprocess.Popen] = field(default_factory=list)
+    stopped: bool = False
+
+    def stop(self) -> None:
+        """Tell all to save and end, once: a second signal would not let them save."""
+        told, self.stopped = self.stopped, True
+        for process in [] if told else list(self.processes):
+            process.terminate()
+
+
+def do(job: Job, launcher: list[str], running: Running) -> None:
+    """Begin a job, or go on with it, unless it is done."""
+    if running.stopped or job.done():
         return
     begun = job.script == "score.py" and (job.folder / "metrics.jsonl").exists()
     flags = ["--resume"] if begun else job.flags
@@ -179,17 +195,20 @@ def do(job: Job, launcher: list[str], running: list[subprocess.Popen]) -> None:
         file.write(" ".join(command) + "\n")
         file.flush()
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
-        running.append(process)
+        running.processes.append(process)
+        if running.stopped:  # meanwhile
+            process.terminate()
         status = process.wait()
-        running.remove(process)
-    if status or not job.done():
+        running.processes.remove(process)
+    if not running.stopped and (status or not job.done()):
+        running.stop()
         last = log.read_text().replace("\r", "\n").strip().splitlines()[-1]
         raise InputError(f"{job.name} ended with status {status}, see {log}: {last}")
 
 
 def do_all(waves: list[list[Job]], jobs: int, launcher: list[str]) -> None:
     """Do each wave, `jobs` at a time; at an error or a signal, what runs is told to save."""
-    running = []
+    running = Running()
     with tqdm(total=sum(map(len, waves)), desc="reproduce", unit="run") as bar:
         for wave in waves:
             with ThreadPoolExecutor(jobs) as pool:
@@ -199,10 +218,18 @@ def do_all(waves: list[list[Job]], jobs: int, launcher: list[str]) -> None:
                         one.result()
                         bar.update()
                 except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    for process in running:
-                        process.terminate()
+                    running.stop()
                     raise
+
+
+def launch(gpus: int) -> list[str]:
+    """What stands before a script: Python, or torchrun, which is to wait for a step to end."""
+    if not gpus:
+        return [sys.executable]
+    patience = ["--shutdown_timeout=600"] * (
+        "--shutdown_timeout" in get_args_parser().format_help()
+    )
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={gpus}", *patience]
 
 
 # --- 3. The table --------------------------------------------------------------------------------
@@ -255,7 +282,7 @@ def table(results: dict) -> str:
 
 def mean_and_spread(values: list[float]) -> str:
     parts = [statistics.mean(values)] + ([statistics.stdev(values)] if len(values) > 1 else [])
-    return " ± ".join(f"{round(part, 3) + 0.0:.3f}".replace("0.", ".") for part in parts)
+    return " ± ".join(f"{round(part, 3) + 0.0:.3f}".replace("0.", ".") for part in parts)  # no -0
 
 
 # --- 4. Main -------------------------------------------------------------------------------------
@@ -271,8 +298,8 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, dict, list[
     parser.error = runs.reject
     args, given = parser.parse_known_args(argv)
     typed = runs.parse_flags(Config, __doc__, given)
-    ours = {"stage", "out", "seed", "init", "alpha", "beta2", "offline", "attempts", "resume"}
-    ours |= {"adaptive_beta2"}
+    ours = {"stage", "out", "seed", "init", "alpha", "beta2", "adaptive_beta2", "offline"}
+    ours |= {"attempts", "resume"}
     for name in sorted(ours & set(typed)):
         raise InputError(f"{runs.as_flag(name)} is what the methods differ in: leave it out")
     if args.seeds < 1 or args.nproc_per_node < 0:
@@ -308,12 +335,8 @@ def go(args: argparse.Namespace, typed: dict, given: list[str]) -> None:
         raise InputError(f"--out {args.out} holds runs with {words or 'no flags'}: name another")
     waves = plan(args.out, args.seeds, typed, given, most_attempts(configure(typed)))
     runs.write_atomically(kept, json.dumps(typed))
-    launcher, jobs = [sys.executable], os.cpu_count() or 1
-    if args.nproc_per_node:
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={args.nproc_per_node}"]
-    if torch.cuda.is_available() or args.nproc_per_node:
-        jobs = 1
-    do_all(waves, jobs, launcher)
+    alone = torch.cuda.is_available() or args.nproc_per_node
+    do_all(waves, 1 if alone else os.cpu_count() or 1, launch(args.nproc_per_node))
     results = collect(args.out, args.seeds, settings)
     runs.write_atomically(args.out / "results.json", json.dumps(results, indent=1))
     runs.write_atomically(args.out / "table.md", table(results))

@@ -16,9 +16,11 @@ from gemma import FILES, fitted_checkpoint
 from test_runs import assert_equal, run_score, signals, tree  # noqa: F401
 
 import eval as evaluation
+import models
 import ranks
 import score
 from data import InputError
+from learner import build
 from models import load_checkpoint, save_checkpoint
 from sample import micro_batches
 
@@ -77,7 +79,7 @@ def assert_close(one: Path, two: Path, atol: float):
     assert first["samples"] == second["samples"]
     assert first["progress"].keys() == second["progress"].keys()
     for a, b in zip(first["lines"], second["lines"], strict=True):
-        assert a.pop("alarms") == b.pop("alarms")
+        assert all(a.pop(name) == b.pop(name) for name in ("alarms", "stage"))
         assert a == pytest.approx(b, abs=atol, rel=1e-4)
     for name, metrics in first["results"].items():
         assert metrics == pytest.approx(second["results"][name], abs=1e-6)
@@ -153,8 +155,8 @@ def test_one_process_resumes_what_two_left(preempted, pair, tmp_path):
 def test_what_two_ranks_saved_one_reads_exactly(preempted):
     saved = read_state(preempted)
     cfg = score.configure({**json.loads((preempted / "config.json").read_text())["settings"]})
-    learner = score.build(cfg, "", same_base=True)
-    tensors = score.models.state_of(learner.policy, learner.optimizer)
+    learner = build(cfg, "", same_base=True)
+    tensors = models.state_of(learner.policy, learner.optimizer)
     ranks.load(tensors, preempted / "state")
     for name, weight in learner.policy.named_parameters():
         assert torch.equal(weight, saved[f"weights.{name}"])
