@@ -29,6 +29,7 @@ from sample import micro_batches
 FLAGS = ["--task", "math", "--data", FILES, "--precision", "float32", "--batch", "12", "--k", "4"]
 FLAGS += ["--steps1", "4", "--steps2", "2", "--problems", "5", "--max-new-tokens", "40"]
 FLAGS += ["--micro-tokens", "1500", "--save-every", "2", "--show-every", "1", "--lr", "5e-5"]
+FLAGS += ["--stage", "1,star+,2"]  # what samples and what learns are one, two, and one again
 
 
 def torchrun(script, *flags, processes=2, agent=()):
@@ -165,11 +166,12 @@ def test_what_two_ranks_saved_one_reads_exactly(preempted):
     assert any(value.abs().max() > 0 for name, value in saved.items() if "exp_avg" in name)
 
 
-def test_two_processes_go_on_from_what_one_left(alone, flags, tmp_path):
-    out = tmp_path / "run"
+def test_two_processes_go_on_from_what_one_left(flags, tmp_path):
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    assert run_score("--out", whole, *flags, "--stage", "1,2") == 0
     assert run_score("--out", out, *flags, "--stage", "1") == 0
     finish(torchrun(score.__file__, "--stage", "2", "--out", out))
-    one, two = tree(out), tree(alone)
+    one, two = tree(out), tree(whole)
     assert one["samples"] == two["samples"]
 
 
