@@ -171,11 +171,13 @@ def test_settings_are_kept_once_a_run_has_begun_and_not_before(
     out = ["--seeds", "1", "--out", "grid", *TINY]
     assert reproduce.main([*out, "--model", "./mistyped"]) == 2
     assert not calls and "--model ./mistyped cannot be loaded" in capsys.readouterr().err
-    monkeypatch.setattr(InProcess, "stop_at", 2)
     monkeypatch.setattr(InProcess, "stop", InputError("stop"))
+    monkeypatch.setattr(InProcess, "stop_at", 1)  # before the first run has written anything
+    assert reproduce.main([*out, "--model", str(checkpoint), "--clip", "2"]) == 2
+    monkeypatch.setattr(InProcess, "stop_at", 3)
     assert reproduce.main([*out, "--model", str(checkpoint)]) == 2
     begun = len(calls)
-    assert begun >= 2 and reproduce.main([*out, "--model", str(checkpoint), "--lr", "0.1"]) == 2
+    assert begun >= 3 and reproduce.main([*out, "--model", str(checkpoint), "--lr", "0.1"]) == 2
     assert "holds runs with" in capsys.readouterr().err and len(calls) == begun
 
 
