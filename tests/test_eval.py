@@ -8,7 +8,7 @@ import pytest
 
 import eval as evaluation
 from data import Problem
-from metrics import by_group, edit_ratio, intervals, measure
+from metrics import as_table, by_group, edit_ratio, intervals, measure
 from sample import Attempt, Episode, Sampling
 
 PROBLEM = Problem("1+1 =", "2", "sums", "p")
@@ -54,6 +54,15 @@ def test_a_level_and_a_subject_have_metrics_of_their_own():
     assert groups["level 5 (3)"]["delta"] == pytest.approx(0)
     assert groups["Algebra (3)"]["delta"] == pytest.approx(0)
     assert by_group(EPISODES) == {}
+
+
+def test_a_table_has_a_column_for_each_attempt_that_all_rows_have():
+    two, three = EPISODES, [replace(e, attempts=(*e.attempts, e.attempts[0])) for e in EPISODES]
+    head, row = as_table({"three": measure(three)}).splitlines()
+    assert head.split() == ["acc@t1", "acc@t2", "acc@t3", "delta", "i->c", "c->i", "copied"]
+    assert row.split() == ["three", "0.400", "0.600", "0.400", "0.200", "0.400", "0.200", "0.400"]
+    both = as_table({"two": measure(two), "three": measure(three)}).splitlines()
+    assert "acc@t3" not in both[0] and len(both[2].split()) == 7
 
 
 def test_unreadable_is_the_share_of_attempts_without_an_answer():

@@ -22,7 +22,7 @@ def task(monkeypatch):
     return TASKS["backwards"]
 
 
-def test_the_example_trains(task, tmp_path):
+def test_the_example_trains(task, tmp_path, monkeypatch, capsys):
     tokenizer = gemma_tokenizer()
     save_checkpoint(tmp_path / "small", gemma_model(tokenizer), tokenizer)
     flags = ["--task", "backwards", "--model", tmp_path / "small", "--out", tmp_path / "run"]
@@ -33,6 +33,9 @@ def test_the_example_trains(task, tmp_path):
     assert "stage2" in json.loads((tmp_path / "run" / "results.json").read_text())
     samples = (tmp_path / "run" / "samples.txt").read_text()
     assert any(p.answer in samples for p in load_problems("backwards", "train"))
+    monkeypatch.delitem(TASKS, "backwards")  # as score.py alone, which does not know it
+    assert score.main(["--resume", "--out", str(tmp_path / "run")]) == 2
+    assert "--task backwards is unknown" in capsys.readouterr().err
 
 
 def test_its_reward_is_the_words_in_reverse_order_and_its_splits_share_nothing(task):
