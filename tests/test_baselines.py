@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gemma import FILES, fitted_checkpoint, gemma_model, gemma_tokenizer
+from gemma import FILES, gemma_model, gemma_tokenizer
 from test_runs import SMALL, assert_equal, interrupt_at, run_score, signals, tree  # noqa: F401
 from test_score import gradient, learner, with_rewards  # noqa: F401
 
@@ -18,7 +18,7 @@ import runs
 import score
 from baselines import traces
 from data import Problem
-from models import load_checkpoint
+from models import load_checkpoint, save_checkpoint
 from sample import Attempt, Episode, Sampling, rollout, transcript
 from score import Config, Scored, adapted, kl_divergence, leave_one_out
 from sft import negative_log_likelihood
@@ -376,7 +376,8 @@ def test_self_refine_asks_for_feedback_and_then_for_attempt_2():
 
 
 def test_self_refine_measures_both_attempts_and_keeps_the_feedback(tmp_path, capsys):
-    model = fitted_checkpoint(tmp_path / "model")
+    model, small = tmp_path / "model", gemma_tokenizer()
+    save_checkpoint(model, gemma_model(small), small)
     asked = ["--model", model, "--task", "math", "--data", FILES, "--max-new-tokens", 40]
     asked += ["--problems", 4, "--precision", "float32"]
     assert evaluation.main([*map(str, asked), "--refine"]) == 0
@@ -391,7 +392,7 @@ def test_self_refine_measures_both_attempts_and_keeps_the_feedback(tmp_path, cap
     for row, made in zip(rows, rollout(loaded, chat, problems, Sampling(3, 40, 0.0)), strict=True):
         one, said, two = made.attempts
         assert [y["tokens"] for y in row["attempts"]] == [one.tokens, two.tokens]
-        assert row["feedback"] == said.text
+        assert row["feedback"] == said.text and said.tokens != two.tokens
     assert "acc_t3" not in metrics
     for wrong in (["--attempts", "3"], ["--samples", "2"], ["--repair"]):
         assert evaluation.main([*map(str, asked), "--refine", *wrong]) == 2
