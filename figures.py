@@ -10,6 +10,7 @@ Next to read: eval.py.
 
 import json
 from pathlib import Path
+from statistics import mean
 
 from data import InputError
 from metrics import edit_ratio, wilson
@@ -88,13 +89,18 @@ def smoothed(values: list[float], window: int = 10) -> list[float]:
     return [sum(part) / len(part) for part in windows]
 
 
+def levels_of(folder: Path) -> dict[str, dict]:
+    """Metrics of an evaluation by "level N (count)"; {} if its problems have no level."""
+    groups = read_json(folder / "metrics.json").get("groups", {})
+    return {name: group for name, group in groups.items() if name.startswith("level ")}
+
+
 def draw_attempts(folder: Path) -> Path:
     """transcripts.jsonl of an evaluation, and its metrics by level if there are any."""
     rows = [row["attempts"] for row in read_jsonl(folder / "transcripts.jsonl")]
     if not rows or len(rows[0]) < 2:
         raise InputError(f"--plot {folder} needs an evaluation of two attempts or more")
-    groups = read_json(folder / "metrics.json").get("groups", {})
-    levels = {name: group for name, group in groups.items() if name.startswith("level ")}
+    levels = levels_of(folder)
     panels = 3 if levels else 2
     figure, axes = canvas(1, panels, (4.5 * panels, 3.6))
     numbers = list(range(1, len(rows[0]) + 1))
@@ -110,15 +116,20 @@ def draw_attempts(folder: Path) -> Path:
     axes[1].set_xlabel("edit distance of attempts 1 and 2 over their length")
     axes[1].set_ylabel("share of problems")
     if levels:
-        names = [name.split()[1] for name in levels]
-        for shift, metric, label in ((-0.2, "delta_i_to_c", "i→c"), (0.2, "delta_c_to_i", "c→i")):
-            places = [i + shift for i in range(len(names))]
-            axes[2].bar(places, [g[metric] for g in levels.values()], width=0.4, label=label)
-        axes[2].set_xticks(range(len(names)), names)
-        axes[2].set_xlabel("level")
-        axes[2].set_ylabel("share of its problems")
-        axes[2].legend(frameon=False)
+        draw_levels(axes[2], [levels])
     return save(figure, folder / "attempts.png")
+
+
+def draw_levels(axis, evaluations: list[dict]) -> None:
+    """Gains and losses by level, the mean over evaluations of metrics by "level N (count)"."""
+    names = list(evaluations[0])
+    for shift, metric, label in ((-0.2, "delta_i_to_c", "i→c"), (0.2, "delta_c_to_i", "c→i")):
+        heights = [mean(levels[name][metric] for levels in evaluations) for name in names]
+        axis.bar([i + shift for i in range(len(names))], heights, width=0.4, label=label)
+    axis.set_xticks(range(len(names)), [name.split()[1] for name in names])
+    axis.set_xlabel("level")
+    axis.set_ylabel("share of its problems")
+    axis.legend(frameon=False)
 
 
 def draw_votes(folder: Path) -> Path:
@@ -130,9 +141,13 @@ def draw_votes(folder: Path) -> Path:
         bounds = [wilson(line[name], line["problems"]) for line in lines]
         axis.plot(budgets, [line[name] for line in lines], marker="o", label=name)
         axis.fill_between(budgets, *zip(*bounds, strict=True), alpha=0.15)
+    label_votes(axis, budgets)
+    return save(figure, folder / "scaling.png")
+
+
+def label_votes(axis, budgets: list[int]) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(budgets, budgets)
     axis.set_xlabel("samples of a problem")
     axis.set_ylabel("accuracy of the majority's answer")
     axis.legend(frameon=False)
-    return save(figure, folder / "scaling.png")

@@ -83,7 +83,7 @@ def enter_stage(learner: Learner, folder: Path, index: int, step: int) -> None:
     if stage == "1b":  # NOT STATED: all of its KL is to the model of Stage 1(a)
         ranks.load_into(learner.ref, load(learner, before))
     elif index and plan[index - 1][0] == "1b":
-        ranks.load_into(learner.ref, load(learner, base_of(learner.cfg, folder)))
+        ranks.load_into(learner.ref, load(learner, runs.base_in(folder, learner.cfg.model)))
     if stage in SFT:
         learner.sampler = load(learner, before).to(ranks.device())
         first = index
@@ -98,11 +98,7 @@ def checkpoint_before(cfg, folder: Path, index: int) -> str:
     """What the stage of that index goes on from."""
     if index:
         return str(folder / runs.plan_of(cfg.stage)[index - 1][1])
-    return cfg.init or base_of(cfg, folder)
-
-
-def base_of(cfg, folder: Path) -> str:
-    return str(folder / "base") if cfg.model == "builtin" else cfg.model
+    return cfg.init or runs.base_in(folder, cfg.model)
 
 
 def load(learner: Learner, checkpoint: str):

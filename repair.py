@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from data import InputError, Problem
-from runs import read_json
+from runs import base_in, read_json
 from sample import Attempt, Episode
 from sources import read_jsonl
 from tasks import TASKS, Chat
@@ -73,4 +73,4 @@ def base_of(model: str) -> str:
     """The base model of a checkpoint in a run folder; else the model itself."""
     run = Path(model).resolve().parent
     name = read_json(run / "config.json").get("settings", {}).get("model", model)
-    return str(run / "base") if name == "builtin" else name
+    return base_in(run, name)

@@ -279,6 +279,11 @@ def settings_to_follow(folder: Path, typed: dict) -> dict:
     return {name: value for name, value in settings.items() if name not in ("stage", "init")}
 
 
+def base_in(folder: Path, model: str) -> str:
+    """The base model of the run in a folder, whose --model this is."""
+    return str(folder / "base") if model == "builtin" else model
+
+
 def read_settings(folder: Path, typed: dict) -> dict:
     """The settings of the run in `folder`; InputError if a flag that was typed differs."""
     settings = read_json(folder / "config.json").get("settings")

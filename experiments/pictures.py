@@ -7,13 +7,12 @@ collapse.png      why plain RL collapses: changed answers and delta in training 
 attempts.png      ten attempts in a row (Figure 8), by level (Figure 7), votes (Figure 1)
 """
 
-import json
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
 
-from figures import BINS, canvas, save, smoothed
+from figures import BINS, canvas, draw_levels, label_votes, levels_of, save, smoothed
 from metrics import edit_ratio
 from runs import read_json, read_metrics
 from score import Scored, stage1_objective, stage2_objective
@@ -160,7 +159,7 @@ def draw_attempts(folders: list[Path]):
     figure, axes = canvas(1, 3, (14, 3.8))
     for name in ("base", "star+", "pair", "direct", "score"):
         files = [folder / f"eval-attempts-{name}" / "metrics.json" for folder in folders]
-        found = [json.loads(file.read_text())["metrics"] for file in files]
+        found = [read_json(file)["metrics"] for file in files]
         numbers = range(1, 1 + sum(key.startswith("acc_t") for key in found[0]))
         curves = [[metrics[f"acc_t{i}"] for i in numbers] for metrics in found]
         over_seeds(axes[0], numbers, curves, name, marker="o", markersize=3)
@@ -169,30 +168,14 @@ def draw_attempts(folders: list[Path]):
     axes[0].set_ylabel("accuracy")
     axes[0].set_ylim(0, 1.02)
     axes[0].legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.9))
-    draw_levels(axes[1], folders)
+    draw_levels(axes[1], [levels_of(folder / "eval-attempts-score") for folder in folders])
+    axes[1].set_xlabel("SCoRe, by level (for sums: columns that a carry runs)")
     files = [folder / "eval-samples-score" / "scaling.json" for folder in folders]
     lines = [read_json(file)["lines"] for file in files]
     budgets = [line["budget"] for line in lines[0]]
     for vote, label in (("parallel", "first attempts"), ("sequential", "corrections, of half")):
         means = [mean(line[vote] for line in row) for row in zip(*lines, strict=True)]
         axes[2].plot(budgets, means, marker="o", label=label)
-    axes[2].set_xscale("log", base=2)
-    axes[2].set_xticks(budgets, budgets)
+    label_votes(axes[2], budgets)
     axes[2].set_xlabel("SCoRe: samples of a problem")
-    axes[2].set_ylabel("accuracy of the majority's answer")
-    axes[2].legend(frameon=False)
     return figure
-
-
-def draw_levels(axis, folders: list[Path]) -> None:
-    """SCoRe's gains and losses by level, over the seeds' problems together."""
-    files = [folder / "eval-attempts-score" / "metrics.json" for folder in folders]
-    groups = [json.loads(file.read_text())["groups"] for file in files]
-    levels = [name for name in groups[0] if name.startswith("level ")]
-    for shift, metric, label in ((-0.2, "delta_i_to_c", "i→c"), (0.2, "delta_c_to_i", "c→i")):
-        heights = [mean(group[level][metric] for group in groups) for level in levels]
-        axis.bar([x + shift for x in range(len(levels))], heights, 0.4, label=label)
-    axis.set_xticks(range(len(levels)), [level.split()[1] for level in levels])
-    axis.set_xlabel("SCoRe, by level (for sums: columns that a carry runs)")
-    axis.set_ylabel("share of the level's problems")
-    axis.legend(frameon=False)

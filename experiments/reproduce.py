@@ -36,6 +36,7 @@ from data import InputError  # noqa: E402
 from experiments import pictures  # noqa: E402
 from figures import canvas  # noqa: E402
 from score import Config, configure  # noqa: E402
+from tasks import OF_ATTEMPTS  # noqa: E402
 
 # --- 1. The grid ---------------------------------------------------------------------------------
 # {base} and {stage1} are checkpoints of SCoRe's run of the same seed, {all} all of its updates.
@@ -64,22 +65,22 @@ EVALUATED = {  # kind: flags of eval.py, the runs whose last checkpoint it is fo
     "repair": ("--repair", ("star+", "pair", "pair+", "direct", "score"), "metrics.json"),
     "samples": ("--samples 16", ("score",), "scaling.json"),
 }
-ROWS = {  # of the table: title, the run and its checkpoint
-    "base": ("base model", "score", "base"),
-    "refine": ("Self-Refine", "", ""),
-    "star": ("STaR, D", "star", "star-3"),
-    "star+": ("STaR, D+", "star+", "star+-3"),
-    "pair": ("Pair-SFT, D", "pair", "pair"),
-    "pair+": ("Pair-SFT, D+", "pair+", "pair+"),
-    "single": ("single-turn RL (no multi-turn training)", "single", "stage0"),
-    "standard": ("standard multi-turn RL (y2 alone)", "standard", "stage1"),
-    "direct": ("direct multi-turn RL (y1 and y2)", "direct", "stage2"),
-    "stage1": ("SCoRe after Stage I", "score", "stage1"),
-    "score": ("**SCoRe**", "score", "stage2"),
-    "no-stage1": ("SCoRe without Stage I", "no-stage1", "stage2"),
-    "no-bonus": ("SCoRe without the bonus", "no-bonus", "stage2"),
-    "star-stage2": ("SCoRe with STaR in Stage II", "star-stage2", "star+-3"),
-    "offline": ("SCoRe without online first attempts", "offline", "stage2"),
+ROWS = {  # of the table, by run; base and stage1 are of SCoRe's
+    "base": "base model",
+    "refine": "Self-Refine",
+    "star": "STaR, D",
+    "star+": "STaR, D+",
+    "pair": "Pair-SFT, D",
+    "pair+": "Pair-SFT, D+",
+    "single": "single-turn RL (no multi-turn training)",
+    "standard": "standard multi-turn RL (y2 alone)",
+    "direct": "direct multi-turn RL (y1 and y2)",
+    "stage1": "SCoRe after Stage I",
+    "score": "**SCoRe**",
+    "no-stage1": "SCoRe without Stage I",
+    "no-bonus": "SCoRe without the bonus",
+    "star-stage2": "SCoRe with STaR in Stage II",
+    "offline": "SCoRe without online first attempts",
 }
 ASKING = 150  # tokens, about, of the words that ask for one more attempt
 COLUMNS = {
@@ -110,7 +111,7 @@ class Job:
 def model_of(folder: Path, name: str, model: str) -> str:
     """The checkpoint of a run of one seed, whose folder this is; "base" is the base model."""
     if name == "base":
-        return str(folder / "score" / "base") if model == "builtin" else model
+        return runs.base_in(folder / "score", model)
     return str(folder / name / TRAINED[name][1])
 
 
@@ -159,7 +160,7 @@ def plan(out: Path, seeds: int, typed: dict, given: list[str], attempts: int) ->
 
 def of_eval(typed: dict) -> list[str]:
     """Those of score.py's flags that eval.py has, too."""
-    shared = ("task", "data", "problems", "max_new_tokens", "precision", "rows")
+    shared = ("task", "data", *OF_ATTEMPTS)
     return [x for name in shared if name in typed for x in (runs.as_flag(name), str(typed[name]))]
 
 
@@ -236,16 +237,15 @@ def launch(gpus: int) -> list[str]:
 
 
 def collect(out: Path, seeds: int, settings: dict) -> dict:
-    """results.json: metrics of every row by seed, and of the evaluations."""
+    """results.json: metrics of every row by seed."""
     rows = {}
-    for name, (_, run, checkpoint) in ROWS.items():
-        found = []
-        for seed in range(seeds):
-            folder = out / f"seed-{seed}"
-            if name == "refine":
-                found.append(runs.read_json(folder / "eval-refine-base/metrics.json")["metrics"])
-            else:
-                found.append(runs.read_json(folder / run / "results.json")[checkpoint])
+    for name in ROWS:
+        file, key = f"{name}/results.json", TRAINED.get(name, ("", ""))[1]
+        if name == "refine":
+            file, key = "eval-refine-base/metrics.json", "metrics"
+        elif name in ("base", "stage1"):
+            file, key = "score/results.json", name
+        found = [runs.read_json(out / f"seed-{seed}" / file)[key] for seed in range(seeds)]
         rows[name] = {column: [metrics[column] for metrics in found] for column in COLUMNS}
     return {"settings": settings, "seeds": seeds, "rows": rows}
 
@@ -273,16 +273,19 @@ def table(results: dict) -> str:
         cells = [mean_and_spread(metrics[column]) for column in COLUMNS]
         for column in tested:
             p = None if name == "score" else p_value(ours[column], metrics[column])
-            cells.append(
-                "" if p is None else "< .001" if p < 0.001 else f"{p:.3f}".replace("0.", ".")
-            )
-        lines.append(f"| {ROWS[name][0]} | " + " | ".join(cells) + " |")
+            cells.append("" if p is None else "< .001" if p < 0.001 else short(p))
+        lines.append(f"| {ROWS[name]} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def mean_and_spread(values: list[float]) -> str:
     parts = [statistics.mean(values)] + ([statistics.stdev(values)] if len(values) > 1 else [])
-    return " ± ".join(f"{round(part, 3) + 0.0:.3f}".replace("0.", ".") for part in parts)  # no -0
+    return " ± ".join(map(short, parts))
+
+
+def short(value: float) -> str:
+    """Three decimals, without the zero before them, and without a sign if all are zero."""
+    return f"{round(value, 3) + 0.0:.3f}".replace("0.", ".")
 
 
 # --- 4. Main -------------------------------------------------------------------------------------
