@@ -9,7 +9,7 @@ Both kinds do the same, and sample.py's loop knows no difference:
 Gemma2Cache is fast: a forward pass of Gemma 2 over memory that is there from the start. Rows stand
 at their own positions, a prompt is read once for its k samples, and attempt 2 continues where
 attempt 1 ended: the last token of attempt 1 was sampled but never fed, so it is read with p1.
-AnyCache does it with what Hugging Face has for every causal LM. Next to read: sample.py.
+AnyCache does it with what Hugging Face has for every causal LM. Next to read: tasks.py.
 """
 
 import torch

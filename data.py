@@ -9,12 +9,14 @@ The first digit needs a carry that may come from far to the right. Attempt 1 has
 attempt 2 can read what attempt 1 wrote.
 
 `math` is MATH, 12,000 problems to train on and MATH500 to test on; `code` is MBPP to train on and
-HumanEval to test on (section 6 of the paper), from the hub or from files. How a problem is put to
-a model is in tasks.py. Next to read: expressions.py.
+HumanEval to test on (section 6 of the paper), from the hub or files. Next to read: rewards.py.
 """
 
 import ast
+import gzip
 import hashlib
+import json
+import logging
 import random
 import re
 import sys
@@ -23,7 +25,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from sources import InputError, from_hub, last_box, read_folder, read_ids
+
+class InputError(Exception):
+    """A mistake in a flag, a file or a model: shown as one sentence, exit status 2."""
+
 
 COLUMNS = 8  # of a sum; NOT IN PAPER, like all of the built-in task
 SHARE_OF_NINES = 0.5  # columns that add up to 9 pass a carry on, so carries run far
@@ -83,8 +88,9 @@ def draw_columns(rng: random.Random) -> list[tuple[int, int]]:
 
 
 @cache
-def sums_problems(split: str, count: int) -> tuple[Problem, ...]:
+def sums_problems(split: str, count: int | None) -> tuple[Problem, ...]:
     """The first `count` additions of a split, always the same; "train" and "test" share none."""
+    count = 20_000 if count is None else count
     rng, problems, seen = random.Random(split), [], set()
     while len(problems) < count:
         columns = draw_columns(rng)
@@ -100,10 +106,8 @@ def sums_problems(split: str, count: int) -> tuple[Problem, ...]:
 # --- 2. MATH -----------------------------------------------------------------------------------
 
 HUB_TRAIN, HUB_TEST = "EleutherAI/hendrycks_math", "HuggingFaceH4/MATH-500"
-SUBJECTS = (
-    "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra "
-    "precalculus"
-)
+SUBJECTS = "algebra counting_and_probability geometry intermediate_algebra number_theory"
+SUBJECTS += " prealgebra precalculus"
 MATH_TEXTS = ["problem", "solution", "answer", "subject", "type"]
 
 
@@ -128,7 +132,7 @@ def math_rows(folder: str) -> dict[str, list[dict]]:
     """Both splits: two files, or from the hub all of MATH less MATH500, and MATH500."""
     if folder:
         names = {"train": ["train"], "test": ["test", "math500"]}
-        return read_folder(Path(folder), names, MATH_TEXTS)
+        return read_folder(Path(folder), names, MATH_TEXTS, prefer="math")
     test = from_hub("math", [(HUB_TEST, "test")])
     subjects = SUBJECTS.split()
     rows = from_hub("math", [(HUB_TRAIN, s, part) for s in subjects for part in ("train", "test")])
@@ -158,6 +162,22 @@ def as_problems(rows: list[dict], split: str) -> tuple[Problem, ...]:
     return tuple(problems[key] for key in sorted(problems))
 
 
+MARKS = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+
+
+def last_box(text: str) -> str | None:
+    r"""What stands in the last balanced \boxed{..} or \fbox{..} of a text, or None."""
+    opened, box = [], None
+    for mark in MARKS.finditer(text):
+        if mark[0][-1] == "{" and mark[0] != r"\{":
+            opened.append(mark)
+        elif mark[0] == "}" and opened:
+            opening = opened.pop()
+            if len(opening[0]) > 1:
+                box = text[opening.end() : mark.start()].strip()
+    return box
+
+
 def words(question: str) -> str:
     """A question without regard to its spaces and line breaks."""
     return " ".join(question.split())
@@ -168,10 +188,8 @@ def words(question: str) -> str:
 HUB_MBPP, HUB_HUMANEVAL = "google-research-datasets/mbpp", "openai/openai_humaneval"
 SHOTS = (2, 3, 4)  # MBPP's ids that the three-shot prompt shows (appendix C)
 MBPP_TEST = range(11, 511)  # its own test split
-CODE_TEXTS = {
-    "mbpp": ["text", "code"],
-    "humaneval": ["prompt", "canonical_solution", "test", "entry_point"],
-}
+HUMANEVAL_TEXTS = ["prompt", "canonical_solution", "test", "entry_point"]
+CODE_TEXTS = {"mbpp": ["text", "code"], "humaneval": HUMANEVAL_TEXTS}
 
 
 def code_problems(split: str, folder: str, ids: str) -> tuple[Problem, ...]:
@@ -179,7 +197,7 @@ def code_problems(split: str, folder: str, ids: str) -> tuple[Problem, ...]:
     mbpp, humaneval = read_code(folder)
     if split == "test":
         return humaneval
-    wanted = MBPP_TEST if split == "mbpp" else numbers_of(ids)
+    wanted = MBPP_TEST if split == "mbpp" else read_ids(ids)
     found = tuple(mbpp[number] for number in wanted if number in mbpp)
     if not found:
         asked = f"--ids {ids}" if split == "train" else "11-510"
@@ -215,9 +233,18 @@ def made_of(rows: list[dict], make, folder: str):
 
 
 @cache
-def numbers_of(ids: str) -> tuple[int, ...]:
+def read_ids(ids: str) -> tuple[int, ...]:
     """ "5,511-513" -> (5, 511, 512, 513); InputError for what is no such list, or shown to all."""
-    numbers = read_ids(ids)
+    numbers: set[int] = set()
+    for part in ids.split(","):
+        first, _, last = part.partition("-")
+        try:
+            low, high = int(first), int(last or first)
+        except ValueError:
+            low = high = 0
+        if not 0 < low <= high < 10_000:
+            raise InputError(f"--ids {ids} is no list of numbers such as 511-974")
+        numbers |= set(range(low, high + 1))
     if numbers & set(SHOTS):
         raise InputError(f"--ids {ids} has one of {SHOTS}, which every prompt shows: leave it out")
     if numbers & set(MBPP_TEST):
@@ -246,3 +273,64 @@ def humaneval_problem(row: dict) -> Problem:
 def preamble(prompt: str) -> str:
     """What stands before the last function of a HumanEval prompt: imports, helpers of the tests."""
     return f"\n{prompt}".rpartition("\ndef ")[0] + "\n"
+
+
+# --- 4. Files and the hub -----------------------------------------------------------------------
+
+
+def read_folder(folder: Path, names: dict, texts: list[str], prefer: str = "") -> dict[str, list]:
+    """Rows of one file for each key of `names`: a file that has one of these in its name.
+
+    Those with `prefer` in their names come before others. texts: keys of a row that hold texts or
+    are absent; the first must be there.
+    """
+    if not folder.is_dir():
+        raise InputError(f"--data {folder} is no folder: name one with JSONL files")
+    found = {}
+    for key, parts in names.items():
+        files = sorted(folder.glob("*.jsonl*"))
+        files = [path for path in files if any(part in path.name.lower() for part in parts)]
+        files = [path for path in files if prefer in path.name.lower()] or files
+        if len(files) != 1:
+            raise InputError(
+                f"--data {folder} needs one JSONL file (.jsonl or .jsonl.gz) with "
+                f"{' or '.join(parts)} in its name, but has {len(files)}"
+            )
+        found[key] = read_jsonl(files[0], texts)
+    return found
+
+
+def read_jsonl(path: Path, texts: list[str] | tuple = ()) -> list[dict]:
+    """The objects of a JSONL file, less those whose first text is empty; a bad line is named."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            lines = file.read().splitlines()
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}): mend it or name another") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = dict(json.loads(line)) if line.strip() else None
+            if row and not all(isinstance(row.get(key) or "", str) for key in texts):
+                raise TypeError("not a text")
+            rows += [row] if row and all(row[key] for key in texts[:1]) else []
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            what = "a JSON object" + "".join(f" with a {key}, all texts" for key in texts[:1])
+            raise InputError(f"{path}, line {number}, is not {what}: mend it") from error
+    return rows
+
+
+def from_hub(task: str, parts: list[tuple]) -> list[dict]:
+    """The rows of some parts of data sets, each (name, split) or (name, configuration, split)."""
+    from datasets import load_dataset  # slow to import, and not needed for the built-in task
+
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it counts its retries
+    try:
+        return [row for *name, split in parts for row in load_dataset(*name, split=split)]
+    except Exception as error:  # whatever an absent network raises
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"--task {task} cannot be read from the Hugging Face hub ({reason}): allow the "
+            "network, or name a folder of JSONL files with --data"
+        ) from error

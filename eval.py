@@ -4,123 +4,168 @@
     python eval.py --model runs/sums/stage2 --attempts 4    more attempts than in training
     python eval.py --model runs/math/stage2 --task math     MATH500, by level and by subject too
     python eval.py --model runs/code/stage2 --task code     HumanEval; MBPP with --split mbpp
-    python eval.py --model runs/code/stage2 --task code --split mbpp --repair      (repair.py)
-    python eval.py --model runs/sums/stage2 --samples 16    to sample or to correct (scaling.py)
+    python eval.py --model runs/code/stage2 --task code --split mbpp --repair
+    python eval.py --model runs/sums/stage2 --samples 16    to sample or to correct
     python eval.py --model runs/sums/base --refine          Self-Refine: prompts alone
-    python eval.py --plot runs/sums                         its learning curve (figures.py)
+    python eval.py --plot runs/sums                         its learning curve
 
-Next to read: sft.py.
+Votes (section 6.2): at a budget of 2k samples of a problem, `parallel` is a vote of 2k first
+attempts, and `sequential` one of k corrections, one of each of the first k attempts (NOT STATED:
+who votes in the second). Repair is the protocol of MBPP-R (section 6); the paper's given attempts
+are not public, here they come from a file or the base model. Next to read: metrics.py.
 """
 
-import argparse
 import json
 import sys
-from dataclasses import replace
-from pathlib import Path
 
-from tqdm import tqdm
+from config import COLDEST, as_flag, check_precision, exit_early, parse_eval_flags
+
+if __name__ == "__main__":  # --help, mistyped flags and Ctrl-C do not wait for torch
+    exit_early("eval.py", parse_eval_flags, __doc__)
+
+from argparse import Namespace
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import figures
 import ranks
-import scaling
-from data import InputError, Problem
-from metrics import as_table, by_group, intervals, measure
-from models import check_precision, load_checkpoint
-from repair import base_of, begin, read_attempts, wrong
-from runs import (
-    COLDEST,
-    alone_in,
-    as_flag,
-    read_json,
-    reject,
-    write_atomically,
-)
-from sample import Episode, Sampling, askable, rollout
-from tasks import (
-    OF_ATTEMPTS,
-    TASKS,
-    Chat,
-    check_task,
-    load_problems,
-    read_chat,
-    refining,
-)
+from data import InputError, Problem, read_jsonl
+from metrics import as_table, by_group, evaluate, intervals, measure
+from models import load_checkpoint
+from runs import base_in, locked, read_json, write_atomically
+from sample import Attempt, Episode, Sampling
+from tasks import TASKS, Chat, agree, check_task, load_problems, read_chat, refining, stated_answer
 
-# --- 1. Attempts at held-out problems ---------------------------------------------------------
+# --- 1. Votes: is it better to sample more, or to correct? ---------------------------------------
 
 
-def evaluate(model, chat: Chat, problems: list[Problem], sampling: Sampling, begun=()):
-    """Episodes and metrics of a model over `problems`; each rank attempts its share of them.
+def vote(attempts: list[Attempt], task: str) -> float:
+    """Is the answer that most attempts state the right one? Of equally many, the first stated."""
+    groups: list[list[Attempt]] = []
+    for attempt in attempts:
+        same = (group for group in groups if agree(group[0].text, attempt.text, task))
+        group = next(same, None)
+        if group is not None:
+            group.append(attempt)
+        elif stated_answer(attempt.text, task) is not None:
+            groups.append([attempt])
+    return max(groups, key=len)[0].reward if groups else 0.0
 
-    begun: an episode for each problem, whose attempts are given and continued.
+
+def compare_votes(evaluate, problems: list, samples: int, sampling: Sampling) -> list[dict]:
+    """Accuracies of both at budgets of 2, 4, 8 .. 2 `samples`; a line each.
+
+    evaluate(problems, sampling, begun): the episodes of a model, and their metrics.
     """
-    problems = ranks.together(askable, problems, model, chat, sampling)
-    asked = {problem.id for problem in problems}
-    begun = [episode for episode in begun if episode.problem.id in asked]
-    share, episodes = ranks.share(len(problems)), []
-    starts = range(share.start, share.stop, sampling.rows)
-    for start in tqdm(starts, desc="eval", unit="batch", leave=False):
-        part = slice(start, min(start + sampling.rows, share.stop))
-        episodes += rollout(model, chat, problems, sampling, begun, part)
-    episodes = ranks.gather(episodes)
-    return episodes, measure(episodes)
+    asked = [problem for problem in problems for _ in range(2 * samples)]
+    first, _ = evaluate(asked, replace(sampling, attempts=1), ())
+    rows = [first[i : i + 2 * samples] for i in range(0, len(first), 2 * samples)]
+    begun = [episode for row in rows for episode in row[:samples]]
+    second, _ = evaluate([e.problem for e in begun], replace(sampling, attempts=2), begun)
+    corrected = [second[i : i + samples] for i in range(0, len(second), samples)]
+    sizes = sorted({samples} | {2**n for n in range(samples.bit_length())})
+    lines = []
+    for k in sizes:
+        votes = {
+            "parallel": [[e.attempts[0] for e in row[: 2 * k]] for row in rows],
+            "sequential": [[e.attempts[1] for e in row[:k]] for row in corrected],
+        }
+        line = {"budget": 2 * k, "problems": len(rows)}
+        for name, ballots in votes.items():
+            task = rows[0][0].problem.task
+            line[name] = sum(vote(ballot, task) for ballot in ballots) / len(rows)
+        lines.append(line)
+    return lines
 
 
-# --- 2. Main -----------------------------------------------------------------------------------
+def votes_table(lines: list[dict]) -> str:
+    """A table of `compare_votes`' lines."""
+    rows = [f"{x['budget']:8}{x['parallel']:10.3f}{x['sequential']:12.3f}" for x in lines]
+    return "\n".join([f"{'budget':>8}{'parallel':>10}{'sequential':>12}", *rows])
 
 
-def as_text(episode: Episode) -> str:
-    """An episode as lines to read."""
-    lines = [f"  problem    {episode.problem.question}   (answer: {episode.problem.answer})"]
-    for number, attempt in enumerate(episode.attempts, start=1):
-        verdict = "right" if attempt.reward else "wrong"
-        lines.append(f"  attempt {number}  {attempt.text}   {verdict}")
-    return "\n".join(lines) + "\n\n"
+# --- 2. Repair: wrong first attempts are given ---------------------------------------------------
 
 
-def transcript_line(episode: Episode, said: dict[str, str]) -> str:
-    attempts = [vars(attempt) for attempt in episode.attempts]
-    row = {**vars(episode.problem), "x1": episode.x1, "attempts": attempts, **said}
-    return json.dumps(row) + "\n"
+def read_attempts(path: Path, problems: list[Problem]) -> tuple[list[Problem], list[str]]:
+    """Problems and first attempts from a JSONL file.
+
+    A row is a line of an evaluation's transcripts.jsonl, or has task_id and program. Raises
+    InputError for a row that is neither, or not about one of the problems.
+    """
+    by_id = {name: p for p in problems for name in (p.id, p.id.removeprefix("MBPP/"))}
+    try:
+        rows = read_jsonl(path)
+    except InputError as error:
+        raise InputError(f"--repair {error}") from error
+    asked, attempts = [], []
+    for number, row in enumerate(rows, start=1):
+        problem = by_id.get(str(row.get("id", row.get("task_id"))))
+        first = row.get("attempts", [{"text": row.get("program")}])
+        try:
+            text = first[0]["text"]
+        except (TypeError, KeyError, IndexError):
+            text = None
+        if problem is None or not isinstance(text, str):
+            raise InputError(
+                f"--repair {path}, row {number}: give the id of a problem of this --split and an "
+                "attempt, as in transcripts.jsonl, or task_id and program"
+            )
+        asked.append(problem)
+        attempts.append(text)
+    if not asked:
+        raise InputError(f"--repair {path} holds no row: name another file")
+    return asked, attempts
 
 
-def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", help="checkpoint folder, or name on the Hugging Face hub")
-    parser.add_argument("--task", default="sums", help=" or ".join(TASKS))
-    parser.add_argument("--data", default="", help="folder of the task's JSONL files, not the hub")
-    parser.add_argument("--split", default="test", help="of the problems; code: test or mbpp")
-    words = "correct given wrong first attempts: of a JSONL file, or (without FILE) of the base"
-    parser.add_argument("--repair", nargs="?", const="", metavar="FILE", help=words)
-    words = f"votes of 2, 4 .. 2 SAMPLES, at temperature {scaling.TEMPERATURE} unless that is given"
-    parser.add_argument("--samples", type=int, default=0, help=words)
-    words = "Self-Refine: ask for feedback on attempt 1, and then for attempt 2"
-    parser.add_argument("--refine", action="store_true", help=words)
-    parser.add_argument("--attempts", type=int, default=2)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
-    for name, words in OF_ATTEMPTS.items():
-        usual = ", ".join(f"{task}: {getattr(TASKS[task], name)}" for task in TASKS)
-        parser.add_argument(
-            as_flag(name), type=type(getattr(TASKS["sums"], name)), help=f"{words} ({usual})"
-        )
-    parser.add_argument("--seed", default="eval", help="of sampling, at a temperature above 0")
-    parser.add_argument("--out", type=Path, help="folder to write to (default: MODEL/eval)")
-    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw a run or an evaluation")
-    parser.error = reject
-    return parser.parse_args(argv)
+def given_episodes(
+    problems: list[Problem], attempts: list[str], chat: Chat, longest: int
+) -> list[Episode]:
+    """Episodes of one task that begin with these attempts, less those of over `longest` tokens."""
+    rewards = TASKS[problems[0].task].rewards(attempts, problems)
+    episodes = []
+    for problem, text, right in zip(problems, attempts, rewards, strict=True):
+        tokens = [*chat.tokenizer(text, add_special_tokens=False).input_ids, chat.close_id]
+        attempt = Attempt(tokens, [0.0] * len(tokens), text, True, right)
+        episodes.append(Episode(problem, chat.x1(problem), (attempt,)))
+    kept = [e for e in episodes if len(e.attempts[0].tokens) <= longest]
+    if len(kept) < len(episodes):
+        skipped = len(episodes) - len(kept)
+        print(f"skipped {skipped} attempts longer than --max-new-tokens", file=sys.stderr)
+    return kept
+
+
+def only_wrong(episodes: list[Episode], source: str) -> list[Episode]:
+    """Those whose attempt is wrong: there is nothing to repair in the others."""
+    found = [episode for episode in episodes if not episode.attempts[0].reward]
+    print(f"{len(found)} of {len(episodes)} attempts of {source} are wrong, and to be corrected")
+    if not found:
+        raise InputError("--repair found no wrong attempt: give others")
+    return found
+
+
+def base_of(model: str) -> str:
+    """The base model of a checkpoint in a run folder; else the model itself."""
+    run = Path(model).resolve().parent
+    name = read_json(run / "config.json").get("settings", {}).get("model", model)
+    return base_in(run, name)
+
+
+# --- 3. Main -------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done, 2 bad input."""
     try:
-        with ranks.joined():
-            args = ranks.together(parse_flags, argv)
+        with ranks.process_group():
+            args = ranks.on_all_ranks(parse_eval_flags, __doc__, argv)
             if args.plot:
                 print(f"wrote {figures.draw(args.plot)}")
-            else:
-                problems, folder, settings = ranks.together(prepare, args)
-                with alone_in(folder):
-                    report(args, problems, folder, settings)
+                return 0
+            problems, folder, settings = ranks.on_all_ranks(prepare, args)
+            with locked(folder):
+                report(args, problems, folder, settings)
     except InputError as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2
@@ -130,42 +175,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def prepare(args: argparse.Namespace) -> tuple[list[Problem], Path, dict[str, str]]:
+def prepare(args: Namespace) -> tuple[list[Problem], Path, dict[str, str]]:
     """Problems, folder and settings of an evaluation; InputError for what cannot work."""
-    check_task(args.task, data=args.data)
-    if args.split not in TASKS[args.task].splits:
-        splits = " or ".join(TASKS[args.task].splits)
-        raise InputError(f"--split {args.split} is not one of --task {args.task}: {splits}")
-    for name in OF_ATTEMPTS:
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(TASKS[args.task], name))
-    check_precision(args.precision)
-    for name in ("attempts", "problems", "max_new_tokens", "rows"):
-        if getattr(args, name) < 1:
-            raise InputError(f"{as_flag(name)} must be 1 or more")
-    if not args.model:
-        raise InputError("--model is missing: name a checkpoint folder, or --plot a run folder")
-    if args.temperature != 0 and not args.temperature >= COLDEST:
-        raise InputError(
-            f"--temperature {args.temperature} must be 0 (greedy) or {COLDEST} or more"
-        )
-    if args.samples < 0 or (args.samples and (args.repair is not None or args.attempts != 2)):
-        raise InputError(
-            "--samples must be 1 or more, and goes with neither --attempts nor --repair"
-        )
-    if args.refine and (args.samples or args.repair is not None or args.attempts != 2):
-        raise InputError("--refine goes with neither --attempts nor --samples nor --repair")
-    if args.samples and args.temperature == 0:
-        args.temperature = scaling.TEMPERATURE
-    if args.repair is not None and args.attempts < 2:
-        raise InputError("--repair needs --attempts 2 or more: the first are given")
+    check_flags(args)
     problems = load_problems(args.task, args.split, args.problems, args.data)
     no_settings = ("out", "plot", "rows")
     settings = {key: str(value) for key, value in vars(args).items() if key not in no_settings}
+    kinds = {
+        args.split: args.split != "test",
+        "repair": args.repair is not None,
+        "samples": args.samples,
+        "refine": args.refine,
+    }
+    name = "-".join(["eval", *(kind for kind, asked in kinds.items() if asked)])
     local = Path(args.model).is_dir()
-    name = "eval" + f"-{args.split}" * (args.split != "test")
-    name += "-repair" * (args.repair is not None) + "-samples" * bool(args.samples)
-    name += "-refine" * args.refine
     folder = args.out or (Path(args.model) if local else Path("runs") / args.model) / name
     kept = "scaling.json" if args.samples else "metrics.json"
     if read_json(folder / kept).get("settings", settings) != settings:
@@ -173,44 +196,65 @@ def prepare(args: argparse.Namespace) -> tuple[list[Problem], Path, dict[str, st
     return problems, folder, settings
 
 
-def load(name: str, args: argparse.Namespace):
+def check_flags(args: Namespace) -> None:
+    """Raise InputError for a flag that cannot work."""
+    check_task(args.task, data=args.data)
+    if args.split not in TASKS[args.task].splits:
+        splits = " or ".join(TASKS[args.task].splits)
+        raise InputError(f"--split {args.split} is not one of --task {args.task}: {splits}")
+    check_precision(args.precision)
+    for name in ("attempts", "problems", "max_new_tokens", "rows"):
+        if getattr(args, name) < 1:
+            raise InputError(f"{as_flag(name)} must be 1 or more")
+    if not args.model:
+        raise InputError("--model is missing: name a checkpoint folder, or --plot a run folder")
+    if args.temperature != 0 and not args.temperature >= COLDEST:
+        raise InputError(f"--temperature {args.temperature} must be 0 or at least {COLDEST}")
+    two_own_attempts = args.repair is None and args.attempts == 2
+    if args.samples < 0 or (args.samples and not two_own_attempts):
+        raise InputError("--samples must be 1 or more, and goes without --attempts and --repair")
+    if args.refine and (args.samples or not two_own_attempts):
+        raise InputError("--refine goes with neither --attempts nor --samples nor --repair")
+    if args.repair is not None and args.attempts < 2:
+        raise InputError("--repair needs --attempts 2 or more: the first are given")
+
+
+def load_with_chat(name: str, args: Namespace):
     """A model on this rank's device, and its Chat."""
-    model, tokenizer = ranks.together(load_checkpoint, name, args.precision)
+    model, tokenizer = ranks.on_all_ranks(load_checkpoint, name, args.precision)
     read = refining if args.refine else read_chat
-    return model.to(ranks.device()), ranks.together(read, tokenizer, model, args.task)
+    return model.to(ranks.device()), ranks.on_all_ranks(read, tokenizer, model, args.task)
 
 
-def base_attempts(args: argparse.Namespace, problems, sampling: Sampling) -> list[Episode]:
+def base_attempts(args: Namespace, problems, sampling: Sampling) -> list[Episode]:
     """Wrong greedy first attempts of the base model."""
     base = base_of(args.model)
-    model, chat = load(base, args)
+    model, chat = load_with_chat(base, args)
     one = replace(sampling, attempts=1, temperature=0.0)
-    return ranks.together(wrong, evaluate(model, chat, problems, one)[0], base)
+    return ranks.on_all_ranks(only_wrong, evaluate(model, chat, problems, one)[0], base)
 
 
-def file_attempts(args: argparse.Namespace, problems, chat: Chat) -> list[Episode]:
+def file_attempts(args: Namespace, problems, chat: Chat) -> list[Episode]:
     """Wrong first attempts of a file; one rank decides for all which are."""
     if ranks.rank():
         return []
     asked, attempts = read_attempts(Path(args.repair), problems)
-    return wrong(begin(asked, attempts, chat, args.max_new_tokens), args.repair)
+    return only_wrong(given_episodes(asked, attempts, chat, args.max_new_tokens), args.repair)
 
 
-def report(args: argparse.Namespace, problems: list[Problem], folder: Path, settings) -> None:
-    """Evaluate a model, print every metric and its interval, write both files."""
+def report(args: Namespace, problems: list[Problem], folder: Path, settings: dict) -> None:
+    """Evaluate a model, print every metric and its interval, write the files."""
     attempts = 3 if args.refine else args.attempts
     sampling = Sampling(attempts, args.max_new_tokens, args.temperature, args.seed, args.rows)
     begun = base_attempts(args, problems, sampling) if args.repair == "" else []
-    model, chat = load(args.model, args)
+    model, chat = load_with_chat(args.model, args)
     if args.repair:
-        begun = ranks.gather(ranks.together(file_attempts, args, problems, chat))
+        begun = ranks.all_gather(ranks.on_all_ranks(file_attempts, args, problems, chat))
     if args.samples:
-        votes = scaling.compare(
-            lambda *asked: evaluate(model, chat, *asked)[0], problems, args.samples, sampling
-        )
-        record = {"settings": settings, "lines": votes}
+        lines = compare_votes(partial(evaluate, model, chat), problems, args.samples, sampling)
+        record = {"settings": settings, "lines": lines}
         write_atomically(folder / "scaling.json", json.dumps(record, indent=2))
-        print(f"{scaling.as_votes(votes)}\nwrote {folder}/scaling.json")
+        print(f"{votes_table(lines)}\nwrote {folder}/scaling.json")
         return
     problems = [episode.problem for episode in begun] or problems
     episodes, metrics = evaluate(model, chat, problems, sampling, begun)
@@ -228,11 +272,16 @@ def report(args: argparse.Namespace, problems: list[Problem], folder: Path, sett
         print(as_table(groups))
     record = {"settings": settings, "metrics": metrics, "intervals": bounds, "groups": groups}
     write_atomically(folder / "transcripts.jsonl", "".join(map(transcript_line, episodes, said)))
-    write_atomically(
-        folder / "metrics.json", json.dumps(record, indent=2)
-    )  # last: it says that all is done
+    # last, since it says that all is done
+    write_atomically(folder / "metrics.json", json.dumps(record, indent=2))
     print(f"wrote {folder}/metrics.json and transcripts.jsonl")
 
 
+def transcript_line(episode: Episode, said: dict[str, str]) -> str:
+    attempts = [vars(attempt) for attempt in episode.attempts]
+    row = {**vars(episode.problem), "x1": episode.x1, "attempts": attempts, **said}
+    return json.dumps(row) + "\n"
+
+
 if __name__ == "__main__":
-    ranks.leave(main())
+    ranks.run_command(main)

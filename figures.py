@@ -5,38 +5,28 @@
                                          attempt 2 changes (Figure 3), gains by level (Figure 7)
     votes, by --samples    scaling.png   samples against corrections (Figure 1, right)
 
-Next to read: eval.py.
+Next to read: runs.py.
 """
 
 import json
 from pathlib import Path
 from statistics import mean
 
-from data import InputError
+from data import InputError, read_jsonl
 from metrics import edit_ratio, wilson
 from runs import read_json, read_metrics
-from sources import read_jsonl
+from score import STAGES
 
-PANELS = {
-    "share of sampled episodes": {
-        "acc_t1": "acc@t1",
-        "acc_t2": "acc@t2",
-        "delta": "delta",
-        "copied": "answers copied",
-    },
-    "KL to the reference, nats": {"kl_t1": "of attempt 1", "kl_t2": "of attempt 2"},
-}
-TITLES = {"0": "single-turn RL", "1": "Stage I", "1b": "Stage I(b)", "2": "Stage II"}
+SHARES = {"acc_t1": "acc@t1", "acc_t2": "acc@t2", "delta": "delta", "copied": "answers copied"}
+KLS = {"kl_t1": "of attempt 1", "kl_t2": "of attempt 2"}
+PANELS = {"share of sampled episodes": SHARES, "KL to the reference, nats": KLS}
 BINS = [n / 20 for n in range(21)]  # of the edit distance ratio
 
 
 def draw(folder: Path) -> Path:
     """Draw what a folder holds; InputError if that is nothing."""
-    for name, painter in (
-        ("metrics.jsonl", draw_curve),
-        ("transcripts.jsonl", draw_attempts),
-        ("scaling.json", draw_votes),
-    ):
+    painters = {"metrics.jsonl": draw_curve, "transcripts.jsonl": draw_attempts}
+    for name, painter in (painters | {"scaling.json": draw_votes}).items():
         if (folder / name).exists():
             return painter(folder)
     raise InputError(f"--plot {folder} holds no run and no evaluation: name a folder of either")
@@ -55,7 +45,7 @@ def canvas(rows: int, columns: int, size: tuple[float, float], **settings):
     return figure, list(axes.flat)
 
 
-def save(figure, path: Path) -> Path:
+def write_picture(figure, path: Path) -> Path:
     figure.savefig(path, dpi=120)
     return path
 
@@ -76,11 +66,10 @@ def draw_curve(folder: Path) -> Path:
         axis.set_ylabel(title)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     for start in starts:
-        stage = lines[start]["stage"]
-        label = " " + TITLES.get(stage, stage)
-        axes[0].text(steps[start], 1.02, label, transform=axes[0].get_xaxis_transform())
+        label = STAGES[lines[start]["stage"]].title
+        axes[0].text(steps[start], 1.02, f" {label}", transform=axes[0].get_xaxis_transform())
     axes[-1].set_xlabel("step")
-    return save(figure, folder / "curve.png")
+    return write_picture(figure, folder / "curve.png")
 
 
 def smoothed(values: list[float], window: int = 10) -> list[float]:
@@ -117,7 +106,7 @@ def draw_attempts(folder: Path) -> Path:
     axes[1].set_ylabel("share of problems")
     if levels:
         draw_levels(axes[2], [levels])
-    return save(figure, folder / "attempts.png")
+    return write_picture(figure, folder / "attempts.png")
 
 
 def draw_levels(axis, evaluations: list[dict]) -> None:
@@ -134,7 +123,7 @@ def draw_levels(axis, evaluations: list[dict]) -> None:
 
 def draw_votes(folder: Path) -> Path:
     """scaling.json: accuracy of both votes over their budget, with 95 % intervals."""
-    lines = json.loads((folder / "scaling.json").read_text())["lines"]
+    lines = json.loads((folder / "scaling.json").read_text("utf-8"))["lines"]
     figure, (axis,) = canvas(1, 1, (6, 4))
     budgets = [line["budget"] for line in lines]
     for name in ("parallel", "sequential"):
@@ -142,7 +131,7 @@ def draw_votes(folder: Path) -> Path:
         axis.plot(budgets, [line[name] for line in lines], marker="o", label=name)
         axis.fill_between(budgets, *zip(*bounds, strict=True), alpha=0.15)
     label_votes(axis, budgets)
-    return save(figure, folder / "scaling.png")
+    return write_picture(figure, folder / "scaling.png")
 
 
 def label_votes(axis, budgets: list[int]) -> None:

@@ -1,16 +1,12 @@
-"""What learns: policy, reference and optimizer, how they are built, and what each stage changes.
+"""What learns: policy, reference and optimizer; how they are built, and what each stage changes.
 
-    stage      starts from                  reference π_ref       who samples
-    the first  the base model, or --init
-    0, 1, 2    the stage before             the base model        the policy
-    1b         the stage before             the stage before      the policy
-    star       what came before the first   -                     the iteration before
-    pair       the stage before             -                     the stage before
-
-Next to read: score.py.
+Where a stage starts, what its reference is and who samples stands in the table of score.py. The
+policy goes on from the checkpoint of the stage before, the first from the base model or --init.
+Next to read: eval.py.
 """
 
-from dataclasses import asdict, dataclass
+import copy
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,97 +14,139 @@ import torch
 import models
 import ranks
 import runs
-from baselines import SFT
-from data import Problem
-from eval import evaluate
+from config import Config, Stage
+from data import InputError, Problem
+from metrics import evaluate
 from runs import Progress, Run
-from sample import Sampling, asked
-from tasks import Chat, load_problems
+from sample import Sampling, askable
+from sft import fit_builtin
+from tasks import Chat, load_problems, read_chat
 
 
 @dataclass
 class Learner:
-    """Policy, frozen reference, the plain copy that samples for both, Adam, and what is asked."""
+    """All that training works with: models, Adam, what is asked, settings and stages."""
 
     policy: torch.nn.Module
-    ref: torch.nn.Module
-    plain: torch.nn.Module | None
+    ref: torch.nn.Module  # frozen
+    full_copy: torch.nn.Module | None  # samples for both, if they are sharded
     optimizer: torch.optim.Optimizer
     chat: Chat
     problems: list[Problem]
-    cfg: object  # score.Config
+    cfg: Config
+    plan: list[Stage] = field(default_factory=list)
     sampler: torch.nn.Module | None = None  # who attempts, if not the policy
 
 
-def build(cfg, init: str, same_base: bool) -> Learner:
-    """The frozen base model as reference, and the policy, which begins as `init` or as its copy."""
-    policy, ref, tokenizer = models.load_pair(cfg, init, same_base)
-    chat, problems = ranks.together(asked, cfg, ref, tokenizer)
-    plain = models.spread(policy, ref, cfg.precision)
-    return Learner(policy, ref, plain, models.adam(policy, cfg.lr), chat, problems, cfg)
+def open_training(typed: dict, stages: dict[str, Stage]) -> tuple[Learner, Run, Progress]:
+    """The run that the flags ask for: a new one, or with --resume an interrupted one."""
+    return (resume_training if "resume" in typed else start_training)(typed, stages)
 
 
-def save(learner: Learner, run: Run, progress: Progress) -> None:
-    tensors = models.state_of(learner.policy, learner.optimizer)
-    runs.save_state(run, tensors, {"progress": asdict(progress), "stage": learner.cfg.stage})
-
-
-def begin(typed: dict, configure) -> tuple[Learner, Run, Progress]:
+def start_training(typed: dict, stages: dict[str, Stage]) -> tuple[Learner, Run, Progress]:
     """A new run, or Stage II after a finished Stage I with its settings; nothing is overwritten."""
-    cfg, run, init, same_base = ranks.together(runs.begin, typed, configure)
-    learner = build(cfg, init, same_base)
+    cfg, plan, run, init, same_base = ranks.on_all_ranks(runs.prepare_run, typed, stages)
+    learner = build(cfg, plan, init, same_base)
     if not run.results:
         for name, temperature in (("base", 0.0), ("base, sampled", cfg.temperature)):
             run.write_results(name, held_out(learner, learner.ref, temperature))
     progress = Progress(beta2=cfg.beta2)
-    save(learner, run, progress)
+    save_training(learner, run, progress)
     runs.write_config(run, asdict(cfg))
     return learner, run, progress
 
 
-def resume(typed: dict, configure) -> tuple[Learner, Run, Progress]:
+def resume_training(typed: dict, stages: dict[str, Stage]) -> tuple[Learner, Run, Progress]:
     """The run in --out as it was last saved; its own settings hold, so no other flag may differ."""
-    cfg, run, where = ranks.together(runs.resume, typed, configure)
-    learner = build(cfg, "", same_base=True)
-    runs.load_state(run, models.state_of(learner.policy, learner.optimizer), where)
+    cfg, plan, run, where = ranks.on_all_ranks(runs.reopen_run, typed, stages)
+    learner = build(cfg, plan, "", same_base=True)
+    runs.read_state(run, models.state_of(learner.policy, learner.optimizer), where)
     return learner, run, Progress(**where["progress"])
+
+
+def save_training(learner: Learner, run: Run, progress: Progress) -> None:
+    """Write all that resume_training needs."""
+    tensors = models.state_of(learner.policy, learner.optimizer)
+    runs.write_state(run, tensors, {"progress": asdict(progress), "stage": learner.cfg.stage})
+
+
+def build(cfg: Config, plan: list[Stage], init: str, same_base: bool) -> Learner:
+    """The frozen base model as reference, and the policy: the checkpoint `init`, or a copy of it.
+
+    same_base: may the built-in base model in the run folder be used, if there is one?
+    """
+    policy = ranks.on_all_ranks(models.load_checkpoint, init, cfg.precision)[0] if init else None
+    ranks.on_all_ranks(fit_base, cfg, same_base)
+    policy, ref, tokenizer = ranks.on_all_ranks(add_reference, policy, cfg, init)
+    chat, problems = ranks.on_all_ranks(questions, cfg, ref, tokenizer)
+    full_copy = models.distribute(policy, ref, cfg.precision)
+    return Learner(policy, ref, full_copy, models.adam(policy, cfg.lr), chat, problems, cfg, plan)
+
+
+def fit_base(cfg: Config, same_base: bool) -> None:
+    """Fit the built-in base model, unless the run folder has the same_base already."""
+    folder = Path(cfg.out) / "base"
+    wanted = cfg.model == "builtin" and not (same_base and folder.exists())
+    if wanted and ranks.rank() == 0:
+        models.save_checkpoint(folder, *fit_builtin(cfg.seed))
+
+
+def add_reference(policy, cfg: Config, init: str):
+    """Policy (a copy of the base model if it is None), reference and tokenizer, on the CPU."""
+    base = runs.base_in(Path(cfg.out), cfg.model)
+    ref, tokenizer = models.load_checkpoint(base, cfg.precision)
+    models.check_head(ref)
+    policy = policy or copy.deepcopy(ref)
+    shapes = [[weight.shape for weight in model.parameters()] for model in (policy, ref)]
+    if shapes[0] != shapes[1]:
+        raise InputError(f"--init {init} has another architecture than the base {cfg.model}")
+    if cfg.recompute:
+        models.recompute_activations(policy)
+    return policy.requires_grad_(True), ref.requires_grad_(False), tokenizer
+
+
+def questions(cfg: Config, model, tokenizer) -> tuple[Chat, list[Problem]]:
+    """The Chat of a model, and the problems to train on that leave room for all attempts."""
+    chat = read_chat(tokenizer, model, cfg.task)
+    problems = load_problems(cfg.task, "train", data=cfg.data, ids=cfg.ids)
+    return chat, askable(problems, model, chat, Sampling(cfg.attempts, cfg.max_new_tokens))
 
 
 def enter_stage(learner: Learner, folder: Path, index: int, step: int) -> None:
     """Set up what a stage changes, at its start and again on resuming at a later `step`."""
-    plan = runs.plan_of(learner.cfg.stage)
-    stage = plan[index][0]
+    plan, stage = learner.plan, learner.plan[index]
+    before = checkpoint_before(learner, folder, index)
     learner.sampler = None
-    before = checkpoint_before(learner.cfg, folder, index)
-    if stage == "1b":  # NOT STATED: all of its KL is to the model of Stage 1(a)
-        ranks.load_into(learner.ref, load(learner, before))
-    elif index and plan[index - 1][0] == "1b":
-        ranks.load_into(learner.ref, load(learner, runs.base_in(folder, learner.cfg.model)))
-    if stage in SFT:
-        learner.sampler = load(learner, before).to(ranks.device())
-        first = index
-        while first and plan[first - 1][0] == stage:
-            first -= 1
-        if first < index and not step:  # each iteration of STaR begins anew
-            origin = checkpoint_before(learner.cfg, folder, first)
-            ranks.load_into(learner.policy, load(learner, origin))
+    if stage.reference == "before":
+        ranks.copy_weights(learner.ref, read_model(learner, before))
+    elif index and plan[index - 1].reference == "before":
+        base = runs.base_in(folder, learner.cfg.model)
+        ranks.copy_weights(learner.ref, read_model(learner, base))
+    if stage.sampler == "before":
+        learner.sampler = read_model(learner, before).to(ranks.device())
+    first = index
+    while stage.restarts and first and plan[first - 1].name == stage.name:
+        first -= 1
+    if first < index and not step:
+        origin = checkpoint_before(learner, folder, first)
+        ranks.copy_weights(learner.policy, read_model(learner, origin))
 
 
-def checkpoint_before(cfg, folder: Path, index: int) -> str:
+def checkpoint_before(learner: Learner, folder: Path, index: int) -> str:
     """What the stage of that index goes on from."""
     if index:
-        return str(folder / runs.plan_of(cfg.stage)[index - 1][1])
-    return cfg.init or runs.base_in(folder, cfg.model)
+        return str(folder / learner.plan[index - 1].folder)
+    return learner.cfg.init or runs.base_in(folder, learner.cfg.model)
 
 
-def load(learner: Learner, checkpoint: str):
-    return ranks.together(models.load_checkpoint, checkpoint, learner.cfg.precision)[0]
+def read_model(learner: Learner, checkpoint: str):
+    return ranks.on_all_ranks(models.load_checkpoint, checkpoint, learner.cfg.precision)[0]
 
 
-def leave_stage(learner: Learner, folder: Path, name: str) -> dict[str, float]:
+def leave_stage(learner: Learner, checkpoint: Path) -> dict[str, float]:
     """Go back to the stage's best checkpoint, with a new Adam; returns its held-out metrics."""
     learner.sampler = None
-    ranks.load_into(learner.policy, load(learner, str(folder / name)))
+    ranks.copy_weights(learner.policy, read_model(learner, str(checkpoint)))
     learner.optimizer.state.clear()  # the new one needs its memory
     learner.optimizer = models.adam(learner.policy, learner.cfg.lr)
     return held_out(learner, learner.policy, temperature=0.0)
@@ -116,7 +154,7 @@ def leave_stage(learner: Learner, folder: Path, name: str) -> dict[str, float]:
 
 def held_out(learner: Learner, model, temperature: float) -> dict[str, float]:
     """Metrics of a model on held-out problems."""
-    cfg, plain = learner.cfg, ranks.plain(model, learner.plain)
+    cfg, model = learner.cfg, ranks.unshard(model, learner.full_copy)
     sampling = Sampling(cfg.attempts, cfg.max_new_tokens, temperature, "held out", cfg.rows)
     problems = load_problems(cfg.task, "test", cfg.problems, cfg.data)
-    return evaluate(plain, learner.chat, problems, sampling)[1]
+    return evaluate(model, learner.chat, problems, sampling)[1]

@@ -1,13 +1,34 @@
-"""How good is it? The metrics of section 3 of the paper, over the episodes of a model.
+"""How good is it, in numbers? The metrics of section 3 of the paper, over a model's episodes.
 
 delta_i_to_c and delta_c_to_i are fractions of ALL problems, so that acc_t2 - acc_t1 =
-delta_i_to_c - delta_c_to_i. Next to read: scaling.py.
+delta_i_to_c - delta_c_to_i. Next to read: figures.py.
 """
 
-from sample import Episode
-from tasks import agree, stated_answer
+from tqdm import tqdm
+
+import ranks
+from data import Problem
+from sample import Episode, Sampling, askable, rollout
+from tasks import Chat, agree, stated_answer
 
 Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
+
+
+def evaluate(model, chat: Chat, problems: list[Problem], sampling: Sampling, begun=()):
+    """Episodes and metrics of a model over `problems`; each rank attempts its share of them.
+
+    begun: an episode for each problem, whose attempts are given and continued.
+    """
+    problems = ranks.on_all_ranks(askable, problems, model, chat, sampling)
+    asked = {problem.id for problem in problems}
+    begun = [episode for episode in begun if episode.problem.id in asked]
+    local, episodes = ranks.local_slice(len(problems)), []
+    starts = range(local.start, local.stop, sampling.rows)
+    for start in tqdm(starts, desc="eval", unit="batch", leave=False):
+        part = slice(start, min(start + sampling.rows, local.stop))
+        episodes += rollout(model, chat, problems, sampling, begun, part)
+    episodes = ranks.all_gather(episodes)
+    return episodes, measure(episodes)
 
 
 def measure(episodes: list[Episode]) -> dict[str, float]:
@@ -86,20 +107,26 @@ def by_group(episodes: list[Episode]) -> dict[str, dict[str, float]]:
         level, subject = episode.problem.level, episode.problem.subject
         for name in (f"level {level}" if level else "", subject):
             groups.setdefault(name, []).append(episode)
-    return {
-        f"{name} ({len(groups[name])})": measure(groups[name]) for name in sorted(groups) if name
-    }
+    names = sorted(filter(None, groups))
+    return {f"{name} ({len(groups[name])})": measure(groups[name]) for name in names}
+
+
+def as_text(episode: Episode) -> str:
+    """An episode as lines to read."""
+    lines = [f"  problem    {episode.problem.question}   (answer: {episode.problem.answer})"]
+    for number, attempt in enumerate(episode.attempts, start=1):
+        verdict = "right" if attempt.reward else "wrong"
+        lines.append(f"  attempt {number}  {attempt.text}   {verdict}")
+    return "\n".join(lines) + "\n\n"
 
 
 def as_table(rows: dict[str, dict[str, float]]) -> str:
     """Accuracy of each attempt, the paper's other metrics and copied answers, a line a model."""
     count = min(sum(name.startswith("acc_t") for name in metrics) for metrics in rows.values())
-    names = [f"acc_t{i}" for i in range(1, count + 1)]
-    heads = [f"acc@t{i}" for i in range(1, count + 1)]
-    names += ["delta", "delta_i_to_c", "delta_c_to_i", "copied"]
-    heads += ["delta", "i->c", "c->i", "copied"]
+    heads = {f"acc_t{i}": f"acc@t{i}" for i in range(1, count + 1)} | {"delta": "delta"}
+    heads |= {"delta_i_to_c": "i->c", "delta_c_to_i": "c->i", "copied": "copied"}
     width = max(16, *(len(row) + 1 for row in rows))
-    lines = [" " * width + "".join(f"{head:>8}" for head in heads)]
+    lines = [" " * width + "".join(f"{head:>8}" for head in heads.values())]
     for row, metrics in rows.items():
-        lines.append(f"{row:{width}}" + "".join(f"{metrics[name]:8.3f}" for name in names))
+        lines.append(f"{row:{width}}" + "".join(f"{metrics[name]:8.3f}" for name in heads))
     return "\n".join(lines)

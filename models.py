@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import ranks
 from data import InputError
-from sft import fit_builtin
 
 # --- 1. Checkpoints --------------------------------------------------------------------------
 
@@ -25,12 +24,6 @@ def quiet_transformers() -> None:
     """No bars and warnings between ours; what goes wrong is an exception all the same."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-def check_precision(precision: str) -> None:
-    """Raise InputError for a precision that there is not."""
-    if precision not in ("float32", "bfloat16"):
-        raise InputError(f"--precision {precision} is unknown: choose float32 or bfloat16")
 
 
 def load_checkpoint(name: str, precision: str = "float32"):
@@ -78,11 +71,11 @@ def save_checkpoint(folder: Path, model, tokenizer) -> None:
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
-    move_in(part, folder)
+    replace_folder(folder, part)
 
 
-def move_in(part: Path, folder: Path) -> None:
-    """Let a whole new folder take the place of another; .old is what a kill in between leaves."""
+def replace_folder(folder: Path, part: Path) -> None:
+    """Replace a folder by a new one that is whole; .old is what a kill in between leaves."""
     old = folder.with_name(folder.name + ".old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -91,39 +84,8 @@ def move_in(part: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def fit_base(cfg, same_base: bool) -> None:
-    """Fit the built-in base model, unless the run folder has the same_base already."""
-    folder = Path(cfg.out) / "base"
-    wanted = cfg.model == "builtin" and not (same_base and folder.exists())
-    if wanted and ranks.rank() == 0:
-        save_checkpoint(folder, *fit_builtin(cfg.seed))
-
-
-def load_pair(cfg, init: str, same_base: bool):
-    """Policy and frozen reference, on the CPU, and their tokenizer.
-
-    The reference is the base model; the policy is the checkpoint `init`, or a copy of the base.
-    """
-    policy = ranks.together(load_checkpoint, init, cfg.precision)[0] if init else None
-    ranks.together(fit_base, cfg, same_base)
-    return ranks.together(with_reference, policy, cfg, init)
-
-
-def with_reference(policy, cfg, init: str):
-    base = str(Path(cfg.out) / "base") if cfg.model == "builtin" else cfg.model
-    ref, tokenizer = load_checkpoint(base, cfg.precision)
-    check_head(ref)
-    policy = policy or copy.deepcopy(ref)
-    shapes = [[weight.shape for weight in model.parameters()] for model in (policy, ref)]
-    if shapes[0] != shapes[1]:
-        raise InputError(f"--init {init} has another architecture than the base {cfg.model}")
-    if cfg.recompute:
-        recompute_activations(policy)
-    return policy.requires_grad_(True), ref.requires_grad_(False), tokenizer
-
-
-def spread(policy, ref, precision: str):
-    """Put both where they compute; returns the plain copy that samples for them.
+def distribute(policy, ref, precision: str):
+    """Put both on their devices, sharded if need be; returns the full copy that samples for them.
 
     A float32 policy of a single process needs none: it samples itself. Others have float32 masters,
     since a step of 5e-6 is too small for bfloat16, which has 8 bits: it would be rounded away.
@@ -132,10 +94,10 @@ def spread(policy, ref, precision: str):
         policy.to(ranks.device())
         ref.to(ranks.device())
         return None
-    plain = copy.deepcopy(ref.to(ranks.device()))
+    full_copy = copy.deepcopy(ref.to(ranks.device()))
     ranks.shard(policy.float(), precision, run_body)
     ranks.shard(ref, precision, run_body)
-    return plain
+    return full_copy
 
 
 def recompute_activations(policy) -> None:

@@ -6,20 +6,20 @@ Each rank attempts its share of the problems, and then all gather all episodes, 
 metrics and decisions are computed alike everywhere. Transcripts are dealt out for scoring. Of each
 model that learns or is compared with, a rank holds a share of every weight (FSDP2):
 
-    policy   float32 masters and Adam's state, in shares; a layer is gathered in the precision of
-             the run when it computes, and its gradients are summed over ranks in float32
-    ref      the frozen base model, in shares
-    plain    one whole copy, of policy or ref, that samples: decoding needs no other rank, so one
-             may be done long before another
+    policy     float32 masters and Adam's state, in shares; a layer is gathered in the precision of
+               the run when it computes, and its gradients are summed over ranks in float32
+    ref        the frozen base model, in shares
+    full copy  one whole model, of policy or ref, that samples: decoding needs no other rank, so
+               one may be done long before another
 
-A float32 model of a single process stays as it is: it is policy and plain copy at once. A bfloat16
-one is "sharded" over one rank. Every function here is called by all ranks alike. Next to read:
-baselines.py.
+A float32 model of a single process stays as it is: it is policy and full copy at once. A bfloat16
+one is "sharded" over one rank. All ranks call each function here alike. Next to read: sft.py.
 """
 
 import contextlib
 import logging
 import os
+import signal
 import sys
 import warnings
 from datetime import timedelta
@@ -29,13 +29,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data import InputError
@@ -48,8 +43,8 @@ TIMEOUT = timedelta(minutes=30)
 
 
 @contextlib.contextmanager
-def joined():
-    """Meet the other processes of torchrun, and part in the end; rank 0 alone prints.
+def process_group():
+    """Join the other processes of torchrun, and leave them in the end; rank 0 alone prints.
 
     An error is raised on the rank where it happens, which prints again once it has left this.
     """
@@ -69,8 +64,10 @@ def joined():
         dist.destroy_process_group()
 
 
-def leave(status: int):
-    """End this process; one of torchrun's at once, since threads of torch may outlive Python."""
+def run_command(main) -> None:
+    """Exit with main's status; of torchrun at once, since threads of torch may outlive Python."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # config.exit_early had another
+    status = main()
     if dist.is_torchelastic_launched():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -94,7 +91,7 @@ def device() -> torch.device:
     """The GPU of this rank, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
 
 
 def launcher() -> str:
@@ -109,58 +106,70 @@ def launcher() -> str:
 # --- 2. Who does what ----------------------------------------------------------------------------
 
 
-def share(count: int, unit: int = 1) -> slice:
+def local_slice(count: int, unit: int = 1) -> slice:
     """This rank's part of `count` things, which stay together in groups of `unit`."""
     groups = count // unit
     start, stop = (groups * r // world() * unit for r in (rank(), rank() + 1))
     return slice(start, stop)
 
 
-def gather(things: list) -> list:
-    """The things of rank 0, then those of rank 1 .."""
+def all_gather(items: list) -> list:
+    """The items of rank 0, then those of rank 1 .."""
     if world() == 1:
-        return things
+        return items
     parts = [None] * world()
-    dist.all_gather_object(parts, things)
-    return [thing for part in parts for thing in part]
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
 
 
-def together(function, *args):
-    """function(*args), which meets no other rank; what is wrong on one ends all, told once."""
-    result, wrong = None, []
+def on_all_ranks(function, *args):
+    """function(*args), which calls no other rank; an InputError of one rank ends them all."""
+    result, errors = None, []
     try:
         result = function(*args)
     except InputError as error:
-        wrong = [str(error)]
-    for message in gather(wrong)[:1]:
-        refuse(message)
+        errors = [str(error)]
+    for message in all_gather(errors)[:1]:
+        abort(message)
     return result
 
 
-def refuse(message: str) -> None:
-    """End a run for what is wrong on all ranks alike: one of them tells."""
+def abort(message: str) -> None:
+    """End a run for an error that all ranks have alike: rank 0 prints it."""
     raise InputError(message) if rank() == 0 else SystemExit(2)
 
 
-def deal(lengths: list[int], budget: int, micro_batches) -> list[tuple[list[int], float]]:
+def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Rows of similar lengths, longest first, in rectangles of at most `budget` tokens each."""
+    batches = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def local_micro_batches(lengths: list[int], budget: int) -> list[tuple[list[int], float]]:
     """This rank's micro-batches of rows, each with its weight in the loss.
 
-    FSDP takes the mean of the ranks' gradients, so the weight is their number. All make as many
-    backward passes, since each is a meeting; a rank that has run out repeats a row with weight 0.
+    FSDP takes the mean of the ranks' gradients, so the weight is their number. All ranks make as
+    many backward passes, since each one communicates; a rank that has no rows left repeats one
+    with weight 0.
     """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    hands = [order[r :: world()] for r in range(world())]
-    plans = [micro_batches([lengths[row] for row in hand], budget) for hand in hands]
-    own = [[hands[rank()][i] for i in batch] for batch in plans[rank()]]
-    idle = max(map(len, plans)) - len(own)
-    return [(batch, float(world())) for batch in own] + [(order[-1:], 0.0)] * idle
+    rows_of = [order[r :: world()] for r in range(world())]
+    plans = [micro_batches([lengths[row] for row in rows], budget) for rows in rows_of]
+    local = [[rows_of[rank()][i] for i in batch] for batch in plans[rank()]]
+    idle = max(map(len, plans)) - len(local)
+    return [(batch, float(world())) for batch in local] + [(order[-1:], 0.0)] * idle
 
 
 # --- 3. Sharded models ---------------------------------------------------------------------------
 
 
 def shard(model, precision: str, forward) -> None:
-    """Spread the weights of a model over the ranks: they keep their type, and compute in precision.
+    """Shard a model's weights over the ranks: they keep their type, and compute in precision.
 
     forward(model, ...) becomes the method `gathered`. Layers are gathered one by one in it; what is
     left, the embedding and the last norm, stays whole from its start to the end of backward.
@@ -168,32 +177,32 @@ def shard(model, precision: str, forward) -> None:
     if not dist.is_initialized():
         dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(device().type, (world(),))
-    mixed = MixedPrecisionPolicy(getattr(torch, precision), reduce_dtype=torch.float32)
+    mixed = fsdp.MixedPrecisionPolicy(getattr(torch, precision), reduce_dtype=torch.float32)
     for module in model.modules():
         if type(module).__name__ in model._no_split_modules:  # the decoder layers
-            fully_shard(module, mesh=mesh, mp_policy=mixed)
-    fully_shard(model, mesh=mesh, mp_policy=mixed)
+            fsdp.fully_shard(module, mesh=mesh, mp_policy=mixed)
+    fsdp.fully_shard(model, mesh=mesh, mp_policy=mixed)
     model.gathered = partial(forward, model)
-    register_fsdp_forward_method(model, "gathered")
+    fsdp.register_fsdp_forward_method(model, "gathered")
 
 
 @torch.no_grad()
-def plain(model, copy):
-    """A model that a rank can call alone: the model itself, or `copy` with its weights."""
-    if not isinstance(model, FSDPModule):
+def unshard(model, full_copy):
+    """A model that a rank can call alone: the model itself, or `full_copy` with its weights."""
+    if not isinstance(model, fsdp.FSDPModule):
         return model
     model.reshard()  # what only looked forward, as the reference does, is still gathered
-    for weight, part in zip(copy.parameters(), model.parameters(), strict=True):
+    for weight, part in zip(full_copy.parameters(), model.parameters(), strict=True):
         weight.copy_(part.to(weight.dtype).full_tensor())
-    return copy
+    return full_copy
 
 
 @torch.no_grad()
-def load_into(model, loaded) -> None:
-    """Take the weights of a whole model."""
-    if isinstance(model, FSDPModule):
+def copy_weights(model, source) -> None:
+    """Copy the weights of `source`, a whole model, into one that may be sharded."""
+    if isinstance(model, fsdp.FSDPModule):
         model.reshard()  # what is still gathered would be kept, or come back
-    for weight, new in zip(model.parameters(), loaded.parameters(), strict=True):
+    for weight, new in zip(model.parameters(), source.parameters(), strict=True):
         if isinstance(weight, DTensor):  # every rank has read the whole, and keeps its share
             place = weight.device_mesh, weight.placements
             share_of_it = distribute_tensor(new.to(weight.device), *place, src_data_rank=None)
@@ -202,19 +211,19 @@ def load_into(model, loaded) -> None:
             weight.copy_(new)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor, gathered if it is in shares."""
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor, gathered if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def save(tensors: dict, folder: Path) -> None:
+def save_sharded(tensors: dict, folder: Path) -> None:
     """Write a tree of tensors, each rank its shares."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a process may be alone
         dcp.save(tensors, checkpoint_id=folder)
 
 
-def load(tensors: dict, folder: Path) -> None:
+def load_sharded(tensors: dict, folder: Path) -> None:
     """Fill a tree of tensors with what any number of ranks saved; refuse a damaged one."""
     try:
         with warnings.catch_warnings():
@@ -222,6 +231,6 @@ def load(tensors: dict, folder: Path) -> None:
             logging.disable()  # or a damaged file is told of in two tracebacks
             dcp.load(tensors, checkpoint_id=folder)
     except dcp.api.CheckpointException:
-        refuse(f"{folder} is damaged and kept as it is: begin anew with --out")
+        abort(f"{folder} is damaged and kept as it is: begin anew with --out")
     finally:
         logging.disable(logging.NOTSET)

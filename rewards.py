@@ -7,7 +7,7 @@ r"""Is it right? One number for an attempt: 1.0 or 0.0, never a share and never 
 answer into a structure (a list, an interval, an equation, a word ...) of values and compares them.
 What cannot be read is wrong, and so are two answers where one is asked for: the policy is paid for
 whatever this file accepts, and will find it. No function here has state, and none raises over what
-an attempt says. A cut-off attempt is judged like any other. Next to read: tasks.py.
+an attempt says. A cut-off attempt is judged like any other. Next to read: checkers/answers.py.
 """
 
 import ast
@@ -15,10 +15,8 @@ import re
 import textwrap
 import warnings
 
-import sandbox
-from answers import read_answer, same
-from data import Problem, preamble
-from sources import last_box
+from checkers.answers import read_answer, same
+from data import InputError, Problem, last_box, preamble
 
 # --- 1. Sums -----------------------------------------------------------------------------------
 
@@ -128,12 +126,16 @@ def code_rewards(attempts: list[str], problems: list[Problem]) -> list[float]:
 
     Before the program stands what stands before the function in HumanEval's prompt.
     """
+    try:
+        from checkers import sandbox  # cannot be imported on a system without fork
+    except ImportError as error:
+        raise InputError(f"--task code needs Linux or macOS for its sandbox: {error}") from error
     programs = [program_of(attempt) for attempt in attempts]
     jobs = [
         (preamble(problem.given) + (program or ""), list(problem.tests))
         for program, problem in zip(programs, problems, strict=True)
     ]
-    return [float(passed) for passed in sandbox.run_many(jobs)]
+    return list(map(float, sandbox.run_many(jobs)))
 
 
 def same_program(one: str, two: str) -> bool:

@@ -10,20 +10,17 @@
 
 What a run needs is written beside its place and then moved there: a kill never leaves half of it.
 The two logs grow by a line per step; state/ remembers how long they were, and --resume cuts them
-back to that. Of many processes the first writes text, and all of them write state/.
+back to that. Of many processes the first writes text, all write state/. Next to read: sample.py.
 """
 
-import argparse
 import contextlib
-import fcntl
 import json
-import math
 import os
 import platform
 import shutil
 import signal
 import subprocess
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,10 +28,15 @@ import transformers
 from tqdm import tqdm
 
 import ranks
-from baselines import SFT
+from config import Config, Stage, as_flag, check_settings, configure, plan_of
 from data import InputError
-from models import check_precision, move_in
-from tasks import TASKS, check_task, load_problems, settings_of
+from models import replace_folder
+from tasks import check_task, load_problems
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 LOGS, RESULTS = ("metrics.jsonl", "samples.txt"), "results.json"
 BEGUN = {"base", RESULTS, "state"}  # what is written before config.json
@@ -55,7 +57,7 @@ class Run:
         if ranks.rank():
             return
         for name, text in zip(LOGS, (json.dumps(line) + "\n", samples), strict=True):
-            with (self.folder / name).open("a") as file:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write(text)
 
     def write_results(self, name: str, metrics: dict) -> None:
@@ -81,30 +83,12 @@ class Run:
 class Progress:
     """Where a run stands. Random numbers come from (seed, step), so they need no state."""
 
-    index: int = 0  # of the stage in cfg.stage
+    index: int = 0  # of the stage in the plan
     step: int = 0  # updates done in that stage
     best: float = -1.0  # reward of the checkpoint kept, over the steps between two saves
     raised: list[str] = field(default_factory=list)  # alarms
     beta2: float = 0.0  # of the next step
 
-
-def plan_of(stage: str) -> list[tuple[str, str]]:
-    """Stages and the names of their folders: "1,2,1" -> (1, stage1), (2, stage2), (1, stage1-2)."""
-    stages = [part.strip() for part in stage.split(",")]
-    if not set(stages) <= {"0", "1", "1b", "2", *SFT}:
-        raise InputError(
-            f"--stage {stage} is unknown: name stages such as 1 or 1,2, or with three attempts "
-            f"1,1b,2; to compare with, 0 (single-turn RL) or {', '.join(SFT)}"
-        )
-    plan = []
-    for number, name in enumerate(stages):
-        before = stages[:number].count(name)
-        folder = (name if name in SFT else f"stage{name}") + f"-{before + 1}" * bool(before)
-        plan.append((name, folder))
-    return plan
-
-
-COLDEST = 0.01  # temperature: what is divided by less may not be finite
 
 # --- 1. Text files ---------------------------------------------------------------------------
 
@@ -115,14 +99,14 @@ def write_atomically(path: Path, text: str) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file, {} if there is no such file; InputError if it is damaged."""
     try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
+        return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} is damaged and kept as it is: restore it") from error
 
@@ -140,90 +124,29 @@ def read_metrics(path: Path, size: int | None = None) -> list[dict]:
     return lines
 
 
-def as_flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def reject(message: str) -> None:
-    """argparse's errors as one sentence."""
-    raise InputError(message)
-
-
-def parse_flags(settings: type, words: str, argv: list[str] | None) -> dict:
-    """The flags that were given, by name; defaults are left to the dataclass of settings."""
-    parser = argparse.ArgumentParser(description=words.partition("\n")[0], allow_abbrev=False)
-    parser.error = reject
-    for item in fields(settings):
-        others = {task: settings_of(task).get(item.name, item.default) for task in TASKS}
-        of_task = "".join(f", {task}: {x}" for task, x in others.items() if x != item.default)
-        default = "none" if item.default == "" else item.default
-        text = f"{item.metadata['help']} (default: {default}{of_task})".replace("%", "%%")
-        kind = {"action": "store_true"} if item.default is False else {"type": type(item.default)}
-        parser.add_argument(as_flag(item.name), default=argparse.SUPPRESS, help=text, **kind)
-    return vars(parser.parse_args(argv))
-
-
-def command(cfg, flags: str) -> str:
+def train_command(cfg: Config, flags: str) -> str:
     """The command that goes on with a run."""
-    return f"{ranks.launcher()} score.py {flags}" + f" --out {cfg.out}" * (cfg.out != type(cfg).out)
+    out = "" if cfg.out == Config.out else f" --out {cfg.out}"
+    return f"{ranks.launcher()} score.py {flags}{out}"
 
 
-def evaluating(cfg) -> str:
-    """The command that evaluates a finished run."""
+def eval_command(cfg: Config, checkpoint: str) -> str:
+    """The command that evaluates a checkpoint of a finished run."""
     task = "" if cfg.task == "sums" else f" --task {cfg.task}"
     task += f" --data {cfg.data}" if cfg.data else ""
     task += f" --attempts {cfg.attempts}" if cfg.attempts > 2 else ""
-    return (
-        f"{ranks.launcher()} eval.py --model {cfg.out}/{plan_of(cfg.stage)[-1][1]}{task}, "
-        f"or python eval.py --plot {cfg.out}"
-    )
-
-
-def check_settings(cfg) -> None:
-    """Raise InputError for a setting that cannot work, before anything is written."""
-    check_task(cfg.task, data=cfg.data, ids=cfg.ids)
-    stages = {stage for stage, _ in plan_of(cfg.stage)}
-    if cfg.attempts < 2 or ("1b" in stages and cfg.attempts < 3):
-        least = 3 if "1b" in stages else 2
-        raise InputError(f"--attempts {cfg.attempts} is too few: --stage {cfg.stage} needs {least}")
-    if cfg.attempts > 2 and stages & {"0", *SFT}:
-        raise InputError(f"--attempts {cfg.attempts} is for stages 1, 1b and 2: leave it out")
-    if cfg.offline and stages & {"0", "1b", *SFT}:
-        raise InputError(f"--offline {cfg.offline} is for stages 1 and 2: leave it out")
-    if cfg.adaptive_beta2 and not (cfg.beta2 and stages & {"1", "1b"}):
-        raise InputError("--adaptive-beta2 is for Stage I with a --beta2 above 0: leave it out")
-    positive = ("steps1", "steps2", "batch", "lr", "clip", "max_new_tokens", "temperature")
-    for name in (*positive, "rows", "micro_tokens", "save_every", "show_every", "problems"):
-        if not 0 < getattr(cfg, name) < math.inf:
-            raise InputError(f"{as_flag(name)} {getattr(cfg, name)} must be positive and finite")
-    if cfg.temperature < COLDEST:
-        raise InputError(f"--temperature {cfg.temperature} is too low: give {COLDEST} or more")
-    if abs(cfg.seed) >= 2**63:
-        raise InputError(f"--seed {cfg.seed} is too large: give less than 2**63")
-    for name in ("alpha", "beta1", "beta2"):
-        if not 0 <= getattr(cfg, name) < math.inf:
-            raise InputError(f"{as_flag(name)} {getattr(cfg, name)} must be 0 or more, and finite")
-    if cfg.k < 2:
-        raise InputError(f"--k {cfg.k} leaves no sibling for the baseline: give 2 or more")
-    if cfg.batch % cfg.k:
-        raise InputError(f"--batch {cfg.batch} is not divisible by --k {cfg.k}: change one of them")
-    if not 0 <= cfg.offline <= 1:
-        raise InputError(f"--offline {cfg.offline} is a share of the problems: give 0 to 1")
-    check_precision(cfg.precision)
-    if cfg.recompute not in (0, 1):
-        raise InputError(f"--recompute {cfg.recompute} must be 0 or 1")
-    if cfg.model == "builtin" and cfg.task != "sums":
-        raise InputError(f"--model builtin can only add: name a model for --task {cfg.task}")
+    command = f"{ranks.launcher()} eval.py --model {cfg.out}/{checkpoint}{task}"
+    return f"{command}, or python eval.py --plot {cfg.out}"
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path):
-    """Let no other command write to a folder meanwhile; one that stays empty is taken away again.
+def locked(folder: Path):
+    """Let no other command write to a folder meanwhile; one that stays empty is removed again.
 
-    The lock is the system's (flock), and ends with the process however that ends.
+    The lock is the system's (flock), and ends with the process however that ends. Windows has none.
     """
     made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
-    lock = ranks.together(lock_folder, folder)
+    lock = ranks.on_all_ranks(lock_folder, folder)
     try:
         yield
     finally:
@@ -243,6 +166,8 @@ def lock_folder(folder: Path) -> int | None:
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            return None
         lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise InputError(f"--out {folder} cannot be a folder: {error.strerror}") from error
@@ -255,8 +180,9 @@ def lock_folder(folder: Path) -> int | None:
     return lock
 
 
-def settings_to_follow(folder: Path, typed: dict) -> dict:
+def settings_to_follow(folder: Path, typed: dict, stages: dict[str, Stage]) -> dict:
     """{} for a new run, the settings of Stage I for a Stage II after it; InputError for others."""
+    first, *others = plan_of(configure(typed).stage, stages)
     settings = read_json(folder / "config.json").get("settings")
     if not (folder / "metrics.jsonl").exists():
         found = {path.name.removesuffix(".part") for path in folder.glob("*")}
@@ -266,9 +192,9 @@ def settings_to_follow(folder: Path, typed: dict) -> dict:
     results = read_json(folder / RESULTS)
     if settings is None:
         raise InputError(f"{folder / 'config.json'} is missing: restore it, or name another --out")
-    finished = {name for _, name in plan_of(settings["stage"])} <= set(results)
-    follows = "stage1" in results and "stage2" not in results
-    if typed.get("stage") != "2" or not finished or not follows:
+    finished = {stage.folder for stage in plan_of(settings["stage"], stages)} <= set(results)
+    can_follow = first.follows and first.reference == "base" and first.folder not in results
+    if others or not can_follow or not finished or stages[first.follows].folder not in results:
         raise InputError(
             f"--out {folder} holds a run already: go on with it by --resume if it was "
             "interrupted, or begin a new one with another --out, maybe from a checkpoint by --init"
@@ -284,8 +210,31 @@ def base_in(folder: Path, model: str) -> str:
     return str(folder / "base") if model == "builtin" else model
 
 
-def read_settings(folder: Path, typed: dict) -> dict:
-    """The settings of the run in `folder`; InputError if a flag that was typed differs."""
+def prepare_run(typed: dict, stages: dict[str, Stage]) -> tuple:
+    """Settings, plan, run, checkpoint to start from, and whether the folder has the same base."""
+    folder = Path(configure(typed).out)
+    followed = settings_to_follow(folder, typed, stages)
+    cfg, run = configure({**followed, **typed}), Run(folder)
+    plan = plan_of(cfg.stage, stages)
+    check_settings(cfg, plan)
+    load_problems(cfg.task, "train", 1, cfg.data, cfg.ids)  # before models take their time
+    init = cfg.init
+    if followed:
+        run.lines = read_metrics(folder / "metrics.jsonl")
+        run.results = read_json(folder / RESULTS)
+        init = init or str(folder / list(run.results)[-1])
+    elif plan[0].follows and not init:
+        raise InputError(
+            f"--stage {cfg.stage} goes on from a stage {plan[0].follows}, and --out {cfg.out} has "
+            f"none: run --stage {plan[0].follows} first, or name a checkpoint with --init"
+        )
+    earlier = read_json(folder / "config.json").get("settings", {})
+    return cfg, plan, run, init, bool(followed) or earlier.get("seed") == cfg.seed
+
+
+def reopen_run(typed: dict, stages: dict[str, Stage]) -> tuple:
+    """Settings, plan and run in --out, and where it stood when it was last saved."""
+    folder = Path(configure(typed).out)
     settings = read_json(folder / "config.json").get("settings")
     if settings is None:
         raise InputError(f"--out {folder} holds no run to resume: leave out --resume to begin one")
@@ -295,46 +244,14 @@ def read_settings(folder: Path, typed: dict) -> dict:
                 f"{as_flag(name)} {typed[name]} differs from the run's {settings.get(name)}: "
                 "--resume goes on with a run as it was, so leave the flag out"
             )
-    return settings
-
-
-def begin(typed: dict, configure) -> tuple:
-    """Settings, run, checkpoint to start from, and whether its base is the one in the folder.
-
-    A new run, or Stage II after a finished Stage I; configure makes settings of typed flags.
-    """
-    folder = Path(configure(typed).out)
-    followed = settings_to_follow(folder, typed)
-    cfg, run = configure({**followed, **typed}), Run(folder)
-    check_settings(cfg)
-    load_problems(cfg.task, "train", 1, cfg.data, cfg.ids)  # before models take their time
-    init = cfg.init
-    if followed:
-        run.lines = read_metrics(folder / "metrics.jsonl")
-        run.results = read_json(folder / RESULTS)
-        last = plan_of(read_json(folder / "config.json")["settings"]["stage"])[-1][1]
-        init = init or str(folder / last)
-    elif plan_of(cfg.stage)[0][0] in ("1b", "2") and not init:
-        raise InputError(
-            f"--stage {cfg.stage} needs a Stage I, and --out {cfg.out} has none: run --stage 1 "
-            "first, or name a checkpoint with --init"
-        )
-    earlier = read_json(folder / "config.json").get("settings", {})
-    return cfg, run, init, bool(followed) or earlier.get("seed") == cfg.seed
-
-
-def resume(typed: dict, configure) -> tuple:
-    """Settings and run in --out, and where it stood when it was last saved."""
-    folder = Path(configure(typed).out)
-    settings = read_settings(folder, typed)
     if set(settings) != set(vars(configure(typed))):
         raise InputError(f"{folder}/config.json is of another version of score.py: use that one")
     cfg = configure({**settings, "out": str(folder)})
     check_task(cfg.task)
     run, where = read_run(folder)
-    if where["stage"] != cfg.stage:
-        raise InputError(f"the run in {folder} was killed before --stage 2 began: type that again")
-    return cfg, run, where
+    if (begun := where["stage"]) != cfg.stage:
+        raise InputError(f"{folder}: killed before --stage {begun} began, so type that again")
+    return cfg, plan_of(cfg.stage, stages), run, where
 
 
 def write_config(run: Run, settings: dict) -> None:
@@ -353,7 +270,7 @@ def write_config(run: Run, settings: dict) -> None:
 # --- 2. State ----------------------------------------------------------------------------------
 
 
-def save_state(run: Run, tensors: dict, where: dict) -> None:
+def write_state(run: Run, tensors: dict, where: dict) -> None:
     """All that --resume needs, in one folder that is replaced at once.
 
     tensors: by name, of which each process has its share; where: what all have alike.
@@ -361,13 +278,13 @@ def save_state(run: Run, tensors: dict, where: dict) -> None:
     part = run.folder / "state.part"
     if ranks.rank() == 0:
         shutil.rmtree(part, ignore_errors=True)
-    ranks.together(check_shared, run.folder)
-    ranks.save(tensors, part)
+    ranks.on_all_ranks(check_shared, run.folder)
+    ranks.save_sharded(tensors, part)
     logs = [run.folder / name for name in LOGS]
     sizes = {log.name: log.stat().st_size if log.exists() else 0 for log in logs}
     write_atomically(part / "where.json", json.dumps({**where, "sizes": sizes}))
     if ranks.rank() == 0:
-        move_in(part, run.folder / "state")
+        replace_folder(run.folder / "state", part)
 
 
 def check_shared(folder: Path) -> None:
@@ -402,9 +319,9 @@ def read_run(folder: Path) -> tuple[Run, dict]:
     return run, where
 
 
-def load_state(run: Run, tensors: dict, where: dict) -> None:
+def read_state(run: Run, tensors: dict, where: dict) -> None:
     """Read the tensors in place, and cut the logs back to where they were saved."""
-    ranks.load(tensors, state_folder(run.folder))
+    ranks.load_sharded(tensors, state_folder(run.folder))
     for name, size in where["sizes"].items():  # what came after the last save is done again
         if ranks.rank() == 0 and (run.folder / name).exists():
             os.truncate(run.folder / name, size)
@@ -419,11 +336,8 @@ ALARM_METRICS = ("acc_t1", "acc_t2", "copied", "cut_off", "kl_t1", "kl_t2")
 def raise_alarms(lines: list[dict], base: dict, progress: Progress, fresh: bool) -> list[str]:
     """The alarms that go off at the last line; each is printed and raised once.
 
-    base: metrics of the base model, sampled. fresh: the policy began as a copy of the base. In SFT
-    another model is sampled than the one that learns: no alarm is about it.
+    base: metrics of the base model, sampled. fresh: the policy began as a copy of the base.
     """
-    if lines[-1]["stage"] in SFT:
-        return []
     window = lines[-min(ALARM_STEPS, progress.step) :]
     full = len(window) == ALARM_STEPS
     mean = {key: sum(line[key] for line in window) / len(window) for key in ALARM_METRICS}

@@ -3,7 +3,7 @@
 `rollout` samples attempt 1, asks again, samples attempt 2 ... or decodes greedily. Finished rows
 leave the batch, and an attempt is continued from what cache.py holds of those before it. Every draw
 has its own random number, fixed by (seed, problem, sample, attempt, token), so that what a row
-becomes does not depend on the rest of the batch. Next to read: metrics.py.
+becomes does not depend on the rest of the batch. Next to read: cache.py.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import torch
 
 from cache import cache_for
 from data import InputError, Problem
-from tasks import TASKS, Chat, load_problems, read_chat
+from tasks import TASKS, Chat
 
 # --- 1. What flows ---------------------------------------------------------------------------
 
@@ -53,7 +53,7 @@ class Sampling:
     attempts: int = 2
     max_new_tokens: int = 10
     temperature: float = 1.0
-    seed: str = "0"
+    seed: str = "rollout"
     rows: int = 500
 
 
@@ -194,14 +194,7 @@ def askable(problems, model, chat: Chat, sampling: Sampling) -> list[Problem]:
     return kept
 
 
-# --- 3. For training: what is asked, and transcripts of the attempts ----------------------------
-
-
-def asked(cfg, model, tokenizer) -> tuple[Chat, list[Problem]]:
-    """The Chat of a model, and the problems of a run's settings that leave room for attempts."""
-    chat = read_chat(tokenizer, model, cfg.task)
-    problems = load_problems(cfg.task, "train", data=cfg.data, ids=cfg.ids)
-    return chat, askable(problems, model, chat, Sampling(cfg.attempts, cfg.max_new_tokens))
+# --- 3. For training: problems of a step, and transcripts of the attempts ------------------------
 
 
 def pick(problems: list[Problem], count: int, number: int, seed: int) -> list[Problem]:
@@ -216,28 +209,17 @@ def pick(problems: list[Problem], count: int, number: int, seed: int) -> list[Pr
 
 
 def transcript(episode: Episode, chat: Chat) -> list[tuple[int, int]]:
-    """(token, number of its attempt) of x1 y1 p1 y2; the number is 0 for tokens in no loss.
+    """(token, attempt id) of x1 y1 p1 y2: the number of its attempt, or 0 for one in no loss.
 
     Those are prompts, instructions, a forced end token and a y1 that another policy sampled.
     """
     parts = segments(chat, episode.x1, episode.attempts)[:-1]  # no prompt after the last
-    own = {1: 0} if episode.offline else {}
-    return [(token, own.get(n, n)) for tokens, n in parts for token in tokens]
-
-
-def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Rows of similar lengths, longest first, in rectangles of at most `budget` tokens each."""
-    batches = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
+    masked = (0, 1) if episode.offline else (0,)
+    return [(token, 0 if n in masked else n) for tokens, n in parts for token in tokens]
 
 
 def collate(rows: list, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and attempt numbers of transcripts, padded on the right; (B, S) each.
+    """Tokens and attempt ids of transcripts, padded on the right; (B, S) each.
 
     Under causal attention nothing looks to the right, so the pads need no attention mask.
     """

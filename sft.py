@@ -1,4 +1,4 @@
-"""Maximum likelihood: the built-in base model, a small Gemma 2 that is fitted in a minute.
+"""Maximum likelihood: the built-in base model, and STaR and Pair-SFT, to compare SCoRe with.
 
 The paper's base models know more than their first attempt shows, and when asked again they mostly
 say the same thing. `fit_builtin` makes such a model for column addition, from transcripts with
@@ -8,21 +8,41 @@ say the same thing. `fit_builtin` makes such a model for column addition, from t
     attempts 2 .. 4  mostly a copy of the attempt before; sometimes the right answer; sometimes a
                      slip, the right answer with the carry into one column taken wrong
 
-The greedy base repeats its first answer, and sampling shows it what else it could do. All of this
-is NOT IN PAPER: it stands in for Gemini, and goes through the same code as google/gemma-2-2b-it.
-Next to read: models.py.
+The greedy base repeats its first answer; sampled, it tries others. All of this is NOT IN PAPER: it
+stands in for Gemini, and goes through the same code as google/gemma-2-2b-it.
+
+STaR and Pair-SFT raise the likelihood of y2 in traces x1 y1 p1 y2 with a right y2 (section 4.1):
+
+    star, pair      D     y1 wrong, y2 right, as one policy sampled them one after the other; in
+                          Pair-SFT, y2 is any right answer to the same problem, of either attempt
+    star+, pair+    D+    and those with a right y1, too
+
+STaR is repeated, `--stage star,star,star`: each time the model of the time before samples, and the
+base model learns anew (ReST^EM). Pair-SFT is done once.
+
+NOT STATED: whether y1 is in the loss (here not: it would teach mistakes), which wrong answers
+Pair-SFT has (here first attempts), how long and in what batches to learn. NOT IN PAPER: there is no
+data set on disk. Each step samples k episodes of a problem, as SCoRe's do, and learns once from the
+traces among them (ReST^EM takes at most 10 of a problem), so all methods have as many samples and
+updates; that is one epoch.
 """
 
 import random
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from tqdm import tqdm
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from data import COLUMNS, Problem, add_columns
+from sample import Episode
 from tasks import Chat, load_problems, read_chat
+
+# --- 1. The built-in base model ------------------------------------------------------------------
 
 # How many columns to the right an attempt looks for a carry: shares of first attempts.
 REACH = {1: 0.75, 2: 0.21, COLUMNS: 0.04}
@@ -42,8 +62,8 @@ def builtin_tokenizer() -> PreTrainedTokenizerFast:
     """One token a column (`4+7`), digit, `=`, `again` and special token; separated by spaces."""
     columns = [f"{upper}+{lower}" for upper in range(10) for lower in range(10)]
     words = ["<pad>", "<bos>", "<end>", "again", "=", *map(str, range(10)), *columns]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    core.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token="<bos>",
@@ -132,3 +152,29 @@ def negative_log_likelihood(model, rows: list[list[tuple[int, bool]]]) -> torch.
     tokens, taught = padded[..., 0], padded[:, 1:, 1].bool()
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]  # (B, T - 1, V)
     return F.cross_entropy(logits[taught], tokens[:, 1:][taught])
+
+
+# --- 2. Traces of STaR and Pair-SFT --------------------------------------------------------------
+
+
+def star_traces(episodes: list[Episode], k: int, seed: str, keep_right=False) -> list[Episode]:
+    """Traces of STaR, as they were sampled: D, or D+ with keep_right."""
+    return with_right_y2(episodes, keep_right)
+
+
+def pair_traces(episodes: list[Episode], k: int, seed: str, keep_right=False) -> list[Episode]:
+    """Traces of Pair-SFT: y2 is drawn from all right attempts of the k siblings; D or D+."""
+    rng, paired = random.Random(seed), []
+    for start in range(0, len(episodes), k):
+        siblings = episodes[start : start + k]
+        right = [y for episode in siblings for y in episode.attempts if y.reward]
+        for episode in siblings if right else []:
+            paired.append(replace(episode, attempts=(episode.attempts[0], rng.choice(right))))
+    return with_right_y2(paired, keep_right)
+
+
+def with_right_y2(episodes: list[Episode], keep_right: bool) -> list[Episode]:
+    """Those with a right y2 and a wrong y1, or any y1; marked offline, so that no loss has y1."""
+    pairs = ((episode, *(y.reward for y in episode.attempts)) for episode in episodes)
+    kept = [episode for episode, r1, r2 in pairs if r2 and (keep_right or not r1)]
+    return [replace(episode, offline=True) for episode in kept]

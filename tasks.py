@@ -9,23 +9,14 @@ SCoRe asks twice. Everything is joined as tokens, never by decoding and tokenisi
     y2 = [...] + end token                  attempt 2, sampled
 
 All that a task is stands in one entry of TASKS: its problems, its words, its reward, and what it
-sets in score.py and eval.py. The prompts are the paper's (appendix C). Next to read: cache.py.
+sets in score.py and eval.py. The prompts are the paper's (appendix C). Next to read: data.py.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import rewards
 from data import InputError, Problem, code_problems, math_problems, sums_problems
-from rewards import (
-    code_rewards,
-    final_answer,
-    math_reward,
-    program_of,
-    same_answer,
-    same_program,
-    sums_answer,
-    sums_reward,
-)
 
 # --- 1. Tasks ------------------------------------------------------------------------------------
 
@@ -43,22 +34,13 @@ MATH_CORRECTION = (
     f"solution! {MATH_FORM}"
 )
 # Self-Refine asks for feedback first. NOT STATED: its words; these are ours.
-MATH_FEEDBACK = (
-    "Check the solution above step by step. Say which steps are wrong, and why. If none is wrong, "
-    "say so."
-)
-MATH_REFINE = (
-    "Now rewrite the solution, and follow your own feedback. Only output the final solution! "
-    f"{MATH_FORM}"
-)
-CODE_FEEDBACK = (
-    "Check the code above line by line. Say what is wrong with it, and why. If nothing is wrong, "
-    "say so."
-)
-CODE_REFINE = (
-    "Now rewrite the code, and follow your own feedback. Only output the final correct Python "
-    "program!"
-)
+MATH_FEEDBACK = "Check the solution above step by step. Say which steps are wrong, and why."
+MATH_FEEDBACK += " If none is wrong, say so."
+CODE_FEEDBACK = "Check the code above line by line. Say what is wrong with it, and why."
+CODE_FEEDBACK += " If nothing is wrong, say so."
+REFINE = "Now rewrite the {}, and follow your own feedback. Only output the final {}!"
+MATH_REFINE = f"{REFINE.format('solution', 'solution')} {MATH_FORM}"
+CODE_REFINE = REFINE.format("code", "correct Python program")
 CODE_TASK = "You are an expert Python programmer, and here is your task:"
 CODE_CORRECTION = (
     "# There might be an error in the code above because of lack of understanding of the question. "
@@ -119,7 +101,7 @@ def heap_queue_largest(nums, n):
 """
 
 
-OF_ATTEMPTS = {  # flags of eval.py and score.py alike
+ATTEMPT_FLAGS = {  # flags of eval.py and score.py alike
     "problems": "held-out problems",
     "max_new_tokens": "of one attempt",
     "precision": "of the weights",
@@ -129,16 +111,17 @@ OF_ATTEMPTS = {  # flags of eval.py and score.py alike
 
 @dataclass(frozen=True)
 class Task:
-    """A task. It sets flags of eval.py and, with `training`, others of score.py.
+    """A task: problems, prompts, reward, and the flags of score.py and eval.py that it sets.
 
-    load(split, count, data, ids): the first `count` problems of "train" or of one of `splits`,
-    always in the same order; their `task` is the task's name. first(problem): the first prompt;
-    again: the second. rewards(attempts, problems): 1.0 or 0.0 each. states(attempt): what it
-    answers, None if that cannot be found; same(answer, answer). feedback and refine are said
-    instead of `again` by Self-Refine; without them it says `again` twice.
+    load(split, count): the first `count` problems of "train" or of one of `splits`, always in the
+    same order; their `task` is the task's name. It has a parameter for each flag that it `takes`.
+    first(problem): the first prompt; again: the second. rewards(attempts, problems): 1.0 or 0.0
+    each. states(attempt): what it answers, None if that cannot be found; same(answer, answer).
+    feedback and refine are what Self-Refine says instead of `again`. training: other flags of
+    score.py, such as model and out.
     """
 
-    load: Callable[[str, int | None, str, str], tuple[Problem, ...]]
+    load: Callable[..., tuple[Problem, ...]]
     first: Callable[[Problem], str]
     again: str
     rewards: Callable[[list[str], list[Problem]], list[float]]
@@ -169,13 +152,14 @@ def first_code(problem: Problem) -> str:
     return f"{MBPP_SHOTS}{CODE_TASK} {problem.question}\n\n[BEGIN]"
 
 
+GEMMA = {"model": "google/gemma-2-2b-it", "k": 4, "micro_tokens": 8192, "recompute": 1}
 TASKS = {
     "sums": Task(
-        load=lambda split, count, *_: sums_problems(split, 20_000 if count is None else count),
+        load=sums_problems,
         first=lambda problem: problem.question,
         again="again =",
-        rewards=each(lambda attempt, problem: sums_reward(attempt, problem.answer)),
-        states=sums_answer,
+        rewards=each(lambda attempt, problem: rewards.sums_reward(attempt, problem.answer)),
+        states=rewards.sums_answer,
         same=str.__eq__,
         problems=2000,
         max_new_tokens=10,  # a sum needs 9
@@ -183,27 +167,20 @@ TASKS = {
         rows=500,
     ),
     "math": Task(
-        load=lambda split, count, data, _: math_problems(data)[split][:count],
+        load=lambda split, count, data: math_problems(data)[split][:count],
         # NOT STATED: where the question stands, and whether as a system or a user message.
         first=lambda problem: f"{MATH_PROMPT}\n\nProblem: {problem.question}",
         again=MATH_CORRECTION,
-        rewards=each(lambda attempt, p: math_reward(attempt, p.answer, p.question)),
-        states=final_answer,
-        same=same_answer,
+        rewards=each(lambda attempt, p: rewards.math_reward(attempt, p.answer, p.question)),
+        states=rewards.final_answer,
+        same=rewards.same_answer,
         problems=500,
         max_new_tokens=1024,  # NOT STATED
         precision="bfloat16",
         rows=64,
         training={  # steps1 + steps2, batch, lr: Table 8; the split and the others NOT STATED
-            "model": "google/gemma-2-2b-it",
-            "out": "runs/math",
-            "steps1": 1500,
-            "steps2": 1500,
-            "batch": 512,
-            "k": 4,
-            "lr": 5e-6,
-            "micro_tokens": 8192,
-            "recompute": 1,
+            **GEMMA,
+            **{"out": "runs/math", "steps1": 1500, "steps2": 1500, "batch": 512, "lr": 5e-6},
         },
         takes=("data",),
         cue="\n\nSolution:",
@@ -214,25 +191,17 @@ TASKS = {
         load=lambda split, count, data, ids: code_problems(split, data, ids)[:count],
         first=first_code,
         again=CODE_CORRECTION,
-        rewards=code_rewards,
-        states=program_of,
-        same=same_program,
+        rewards=rewards.code_rewards,
+        states=rewards.program_of,
+        same=rewards.same_program,
         problems=500,  # HumanEval has 164
         max_new_tokens=512,  # NOT STATED
         precision="bfloat16",
         rows=64,
         training={  # steps1 + steps2, batch, lr, beta2: Table 8; the split and others NOT STATED
-            "model": "google/gemma-2-2b-it",
-            "out": "runs/code",
-            "steps1": 750,
-            "steps2": 750,
-            "batch": 128,
-            "k": 4,
-            "lr": 1e-5,
-            "beta2": 0.25,
-            "micro_tokens": 8192,
-            "recompute": 1,
-            "ids": "511-974",
+            **GEMMA,
+            **{"out": "runs/code", "steps1": 750, "steps2": 750, "batch": 128, "lr": 1e-5},
+            **{"beta2": 0.25, "ids": "511-974"},
         },
         splits=("test", "mbpp"),
         takes=("data", "ids"),
@@ -252,8 +221,8 @@ def load_problems(
     InputError where there is nothing to read.
     """
     check_task(task, data=data, ids=ids)
-    ids = ids or TASKS[task].training.get("ids", "")
-    return TASKS[task].load(split, count, data, ids)
+    flags = {"data": data, "ids": ids or TASKS[task].training.get("ids", "")}
+    return TASKS[task].load(split, count, **{name: flags[name] for name in TASKS[task].takes})
 
 
 def check_task(task: str, **flags: str) -> None:
@@ -263,16 +232,14 @@ def check_task(task: str, **flags: str) -> None:
     for flag, value in flags.items():
         if value and flag not in TASKS[task].takes:
             takers = " or ".join(name for name in TASKS if flag in TASKS[name].takes)
-            raise InputError(
-                f"--{flag} {value} is for --task {takers}: add that, or leave out --{flag}"
-            )
+            raise InputError(f"--{flag} {value} is for --task {takers}: leave out --{flag}")
 
 
 def settings_of(task: str) -> dict:
     """The flags of score.py that a task sets, {} for an unknown one."""
     if task not in TASKS:
         return {}
-    shared = {name: getattr(TASKS[task], name) for name in OF_ATTEMPTS}
+    shared = {name: getattr(TASKS[task], name) for name in ATTEMPT_FLAGS}
     return shared | TASKS[task].training
 
 
@@ -290,7 +257,7 @@ def agree(one: str, two: str, task: str) -> bool:
 # --- 2. Prompts as token ids -----------------------------------------------------------------
 
 # For base models, which have no chat template. NOT STATED: any layout.
-PLAIN_TEMPLATE = (
+COMPLETION_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.content }}"
     "{% if message.role == 'user' %}{{ 'CUE' }}"
     "{% else %}{{ eos_token + '\n\n' }}{% endif %}{% endfor %}"
@@ -349,10 +316,10 @@ def read_chat(tokenizer, model, task: str, again: str = "") -> Chat:
     """The Chat of a model: p1 and the end tokens, read from template and configs together.
 
     again: the words of p1, if they are not the task's. A tokenizer without a chat template gets
-    the plain one. Raises InputError if there is no token that could end an attempt.
+    COMPLETION_TEMPLATE. Raises InputError if there is no token that could end an attempt.
     """
-    plain = PLAIN_TEMPLATE.replace("CUE", TASKS[task].cue)
-    tokenizer.chat_template = tokenizer.chat_template or plain
+    completion = COMPLETION_TEMPLATE.replace("CUE", TASKS[task].cue)
+    tokenizer.chat_template = tokenizer.chat_template or completion
     marker = "ATTEMPT"
     messages = [
         {"role": "user", "content": "QUESTION"},

@@ -35,8 +35,9 @@ sys.path.insert(0, str(ROOT))
 import models  # noqa: E402
 import ranks  # noqa: E402
 import sample  # noqa: E402
-import sandbox  # noqa: E402
 import score  # noqa: E402
+from checkers import sandbox  # noqa: E402
+from config import Config, configure  # noqa: E402
 from data import Problem  # noqa: E402
 from learner import Learner  # noqa: E402
 from rewards import math_reward  # noqa: E402
@@ -208,16 +209,18 @@ def bench_rollout(k: int) -> None:
 def make_learner(precision: str, **settings) -> Learner:
     ref = make_model(*SIZES["tiny"][:-1]).to(getattr(torch, precision))
     policy = copy.deepcopy(ref)
-    plain = models.spread(policy, ref.requires_grad_(False), precision)
-    cfg = score.configure({"precision": precision, "micro_tokens": MICRO_TOKENS, **settings})
-    return Learner(policy, ref, plain, models.adam(policy, cfg.lr), CHAT, [], cfg)
+    full_copy = models.distribute(policy, ref.requires_grad_(False), precision)
+    cfg = configure({"precision": precision, "micro_tokens": MICRO_TOKENS, **settings})
+    return Learner(policy, ref, full_copy, models.adam(policy, cfg.lr), CHAT, [], cfg)
 
 
 def one_step(learner: Learner) -> None:
     """Sample, reward at random, and learn: Stage II."""
     problems = range(learner.cfg.batch // learner.cfg.k)
     asked = [Problem("", "", "sums", str(i)) for i in problems for _ in range(learner.cfg.k)]
-    score.update(learner, score.sample(learner, asked, "2", "0"), "2", 0.1)
+    score.update(
+        learner, score.sample(learner, asked, score.STAGES["2"], "0"), score.STAGES["2"], 0.1
+    )
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -293,7 +296,7 @@ def log_probs(everywhere: bool, rows: int) -> tuple[float, float]:
     policy = copy.deepcopy(ref)
     tokens = torch.randint(3, 64, (rows, 64))
     numbers = torch.where(torch.arange(64) < 32, 0, 1).expand(rows, 64)
-    learner = Learner(policy, ref.requires_grad_(False), None, None, CHAT, [], score.Config())
+    learner = Learner(policy, ref.requires_grad_(False), None, None, CHAT, [], Config())
 
     def full():
         logs = [model(tokens).logits.log_softmax(dim=-1)[:, :-1] for model in (policy, ref)]
@@ -302,7 +305,7 @@ def log_probs(everywhere: bool, rows: int) -> tuple[float, float]:
         ((logp + score.kl_divergence(*logs)) * own).sum().backward()
 
     def ours():
-        logp, kl, _ = score.score(learner, tokens, numbers)
+        logp, kl = score.log_probs_and_kl(learner, tokens, numbers)
         (logp + kl).sum().backward()
 
     before = peak()
@@ -310,7 +313,7 @@ def log_probs(everywhere: bool, rows: int) -> tuple[float, float]:
 
 
 def bench_log_probs() -> None:
-    """score.score against log_softmax everywhere, each in a process of its own."""
+    """score.log_probs_and_kl against log_softmax everywhere, each in a process of its own."""
     for rows in (4, 8, 16):
         names = {"log_softmax at all tokens": True, "score, attempt tokens only": False}
         memory = dict.fromkeys(names, 0.0)
@@ -339,9 +342,12 @@ def grown(batch: int, tokens: int) -> tuple[float, float, float]:
     asked = [Problem("", "", "sums", str(i // 8)) for i in range(batch)]
     before, episodes = peak(), []
     sampling = [
-        timed(lambda: episodes.append(score.sample(learner, asked, "2", "0"))) for _ in range(4)
+        timed(lambda: episodes.append(score.sample(learner, asked, score.STAGES["2"], "0")))
+        for _ in range(4)
     ]
-    learning = [timed(lambda: score.update(learner, episodes[0], "2", 0.1)) for _ in range(4)]
+    learning = [
+        timed(lambda: score.update(learner, episodes[0], score.STAGES["2"], 0.1)) for _ in range(4)
+    ]
     return statistics.median(sampling[1:]), statistics.median(learning[1:]), peak() - before
 
 
@@ -365,7 +371,7 @@ def bench_programs() -> None:
     os.sched_setaffinity(0, {min(cores)})  # of judges that start now, too
     sandbox.run_many(jobs[: 4 * sandbox.WORKERS])
     seconds = wall(lambda: sandbox.run_many(jobs))
-    each = statistics.median(wall(lambda job=job: sandbox.run(*job)) for job in jobs[:400])
+    each = statistics.median(wall(lambda job=job: sandbox.run_many([job])) for job in jobs[:400])
     os.sched_setaffinity(0, cores)
     sandbox.close()
     loop = "def f(x):\n    while True: pass"

@@ -13,9 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import math_rows  # noqa: E402
+from data import last_box, math_rows  # noqa: E402
 from rewards import math_reward, same_answer  # noqa: E402
-from sources import last_box  # noqa: E402
 
 
 def on_pairs() -> None:

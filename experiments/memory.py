@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import models  # noqa: E402
 import score  # noqa: E402
+from config import Config, configure  # noqa: E402
 from data import Problem  # noqa: E402
 from experiments.bench import RandomChat  # noqa: E402
 from learner import Learner  # noqa: E402
@@ -59,7 +60,7 @@ def weights_of(config: Gemma2Config) -> int:
         return Gemma2ForCausalLM(config).num_parameters()
 
 
-def columns_of(cfg: score.Config) -> int:
+def columns_of(cfg: Config) -> int:
     return PROMPT + AGAIN + 2 * cfg.max_new_tokens
 
 
@@ -67,7 +68,7 @@ def kv_per_token(config: Gemma2Config) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
 
 
-def parts_of(config: Gemma2Config, cfg: score.Config, gpus: int) -> dict[str, tuple[float, float]]:
+def parts_of(config: Gemma2Config, cfg: Config, gpus: int) -> dict[str, tuple[float, float]]:
     """Bytes by part on one of the GPUs, sampling and training; the KV cache comes on top."""
     weights, embedding = weights_of(config), config.vocab_size * config.hidden_size
     share, tokens = weights / gpus, cfg.micro_tokens
@@ -77,7 +78,7 @@ def parts_of(config: Gemma2Config, cfg: score.Config, gpus: int) -> dict[str, tu
         "masters, float32": (4 * share, 4 * share),
         "Adam, two float32 each": (8 * share, 8 * share),
         "reference, bfloat16": (2 * share, 2 * share),
-        "plain copy, bfloat16, whole": (2 * weights, 2 * weights),
+        "full copy, bfloat16": (2 * weights, 2 * weights),
         "embeddings of policy and reference, gathered": (2 * embedding, 4 * embedding),
         "two layers of each, gathered": (0, 8 * layer),
         "gradients, float32": (0, 4 * share),
@@ -95,7 +96,7 @@ def totals(parts: dict[str, tuple[float, float]]) -> list[float]:
     return [sum(column) for column in zip(*parts.values(), strict=True)]
 
 
-def table(cfg: score.Config) -> str:
+def table(cfg: Config) -> str:
     """Gigabytes by part, while sampling and while training, of Gemma 2 2B on one GPU."""
     config = gemma_config()
     parts = parts_of(config, cfg, gpus=1)
@@ -112,7 +113,7 @@ def table(cfg: score.Config) -> str:
     return "\n".join([*lines, "", disk])
 
 
-def what_fits(cfg: score.Config) -> str:
+def what_fits(cfg: Config) -> str:
     """Each size on 1, 4 and 8 GPUs: the most GB without the KV cache, and the rows that it leaves.
 
     No more rows than a step has episodes on a GPU. A row takes the columns of the longest prompt
@@ -143,17 +144,19 @@ def measure(args: argparse.Namespace) -> str:
     ref = Gemma2ForCausalLM(config).to(torch.bfloat16).eval()
     policy = copy.deepcopy(ref)
     models.recompute_activations(policy)
-    plain = models.spread(policy, ref.requires_grad_(False), "bfloat16")
+    full_copy = models.distribute(policy, ref.requires_grad_(False), "bfloat16")
     typed = {"task": "math", "batch": args.batch, "k": 4, "max_new_tokens": args.tokens}
-    cfg = score.configure({**typed, "rows": args.rows})
+    cfg = configure({**typed, "rows": args.rows})
     chat = RandomChat((PROMPT, PROMPT + 1), p1=list(range(10, 10 + AGAIN)))
     adam = models.adam(policy, cfg.lr)
-    learner = Learner(policy, ref, plain, adam, chat, [], cfg)
+    learner = Learner(policy, ref, full_copy, adam, chat, [], cfg)
     problems = [Problem("", "", "math", "p" * n) for n in range(args.batch // 4) for _ in range(4)]
     for number in range(2):
-        episodes, sampling = timed(lambda n=number: score.sample(learner, problems, "2", str(n)))
+        episodes, sampling = timed(
+            lambda n=number: score.sample(learner, problems, score.STAGES["2"], str(n))
+        )
         tossed = with_coins(episodes)
-        _, training = timed(lambda made=tossed: score.update(learner, made, "2", 0.1))
+        _, training = timed(lambda made=tossed: score.update(learner, made, score.STAGES["2"], 0.1))
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return (
         f"{policy.num_parameters():,} weights on {name}, batch {args.batch}, attempts of "
@@ -197,7 +200,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512, help="of an attempt")
     parser.add_argument("--rows", type=int, default=64, help="sampled side by side")
     args = parser.parse_args()
-    cfg = score.configure({"task": "math"})
+    cfg = configure({"task": "math"})
     print(measure(args) if args.measure else f"{table(cfg)}\n\n{what_fits(cfg)}")
 
 

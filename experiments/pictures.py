@@ -12,11 +12,11 @@ from statistics import mean, stdev
 
 import torch
 
-from figures import BINS, canvas, draw_levels, label_votes, levels_of, save, smoothed
+from data import read_jsonl
+from figures import BINS, canvas, draw_levels, label_votes, levels_of, smoothed, write_picture
 from metrics import edit_ratio
 from runs import read_json, read_metrics
-from score import Scored, stage1_objective, stage2_objective
-from sources import read_jsonl
+from score import AttemptBatch, stage1_objective, stage2_objective
 
 NAMES = {
     "base": "base",
@@ -35,8 +35,10 @@ def draw(out: Path, seeds: int) -> list[Path]:
     """All pictures, into `out`; returns their paths."""
     folders = [out / f"seed-{seed}" for seed in range(seeds)]
     painters = {"sft": draw_sft, "collapse": draw_collapse, "attempts": draw_attempts}
-    paths = [save(draw_multipliers(), out / "multipliers.png")]
-    return paths + [save(paint(folders), out / f"{name}.png") for name, paint in painters.items()]
+    paths = [write_picture(draw_multipliers(), out / "multipliers.png")]
+    return paths + [
+        write_picture(paint(folders), out / f"{name}.png") for name, paint in painters.items()
+    ]
 
 
 def over_seeds(axis, x, curves: list[list[float]], name: str, **style) -> None:
@@ -61,7 +63,7 @@ def multipliers(stage: int, r1: float, r2: float, tokens: int = 3) -> list[list[
     logp = [torch.full((1, tokens), -1.0, requires_grad=True) for _ in range(2)]
     none = torch.zeros(1, tokens)
     y = [
-        Scored(torch.tensor([r]), torch.tensor([0.5]), own, none)
+        AttemptBatch(torch.tensor([r]), torch.tensor([0.5]), own, none)
         for r, own in zip((r1, r2), logp, strict=True)
     ]
     if stage == 1:

@@ -32,11 +32,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import runs  # noqa: E402
+from config import Config, as_flag, check_settings, configure, parse_train_flags, plan_of, reject  # noqa: E402
 from data import InputError  # noqa: E402
 from experiments import pictures  # noqa: E402
 from figures import canvas  # noqa: E402
-from score import Config, configure  # noqa: E402
-from tasks import OF_ATTEMPTS  # noqa: E402
+from score import STAGES  # noqa: E402
+from tasks import ATTEMPT_FLAGS  # noqa: E402
 
 # --- 1. The grid ---------------------------------------------------------------------------------
 # {base} and {stage1} are checkpoints of SCoRe's run of the same seed, {all} all of its updates.
@@ -160,8 +161,8 @@ def plan(out: Path, seeds: int, typed: dict, given: list[str], attempts: int) ->
 
 def of_eval(typed: dict) -> list[str]:
     """Those of score.py's flags that eval.py has, too."""
-    shared = ("task", "data", *OF_ATTEMPTS)
-    return [x for name in shared if name in typed for x in (runs.as_flag(name), str(typed[name]))]
+    shared = ("task", "data", *ATTEMPT_FLAGS)
+    return [x for name in shared if name in typed for x in (as_flag(name), str(typed[name]))]
 
 
 # --- 2. Doing it ---------------------------------------------------------------------------------
@@ -298,16 +299,17 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, dict, list[
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
     words = "GPUs of each run, by torchrun"
     parser.add_argument("--nproc-per-node", type=int, default=0, metavar="N", help=words)
-    parser.error = runs.reject
+    parser.error = reject
     args, given = parser.parse_known_args(argv)
-    typed = runs.parse_flags(Config, __doc__, given)
+    typed = parse_train_flags(__doc__, given)
     ours = {"stage", "out", "seed", "init", "alpha", "beta2", "adaptive_beta2", "offline"}
     ours |= {"attempts", "resume"}
     for name in sorted(ours & set(typed)):
-        raise InputError(f"{runs.as_flag(name)} is what the methods differ in: leave it out")
+        raise InputError(f"{as_flag(name)} is what the methods differ in: leave it out")
     if args.seeds < 1 or args.nproc_per_node < 0:
         raise InputError("--seeds must be 1 or more, and --nproc-per-node 0 or more")
-    runs.check_settings(configure(typed))
+    cfg = configure(typed)
+    check_settings(cfg, plan_of(cfg.stage, STAGES))
     return args, typed, given
 
 
@@ -317,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args, typed, given = parse_flags(argv)
         canvas(1, 1, (1, 1))  # is there something to draw with?
-        with runs.alone_in(args.out):
+        with runs.locked(args.out):
             go(args, typed, given)
     except InputError as error:
         print(f"reproduce.py: {error}", file=sys.stderr)
@@ -334,7 +336,7 @@ def go(args: argparse.Namespace, typed: dict, given: list[str]) -> None:
     begun = kept.exists() and any(args.out.glob("seed-*/*/config.json"))
     settings = runs.read_json(kept) if begun else typed
     if settings != typed:
-        words = " ".join(f"{runs.as_flag(name)} {value}" for name, value in settings.items())
+        words = " ".join(f"{as_flag(name)} {value}" for name, value in settings.items())
         raise InputError(f"--out {args.out} holds runs with {words or 'no flags'}: name another")
     waves = plan(args.out, args.seeds, typed, given, most_attempts(configure(typed)))
     runs.write_atomically(kept, json.dumps(typed))

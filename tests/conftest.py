@@ -65,5 +65,5 @@ def read_state(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a run's state by name, whatever number of processes wrote it."""
     saved = dcp.FileSystemReader(folder / "state").read_metadata().state_dict_metadata
     tensors = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in saved.items()}
-    ranks.load(tensors, folder / "state")
+    ranks.load_sharded(tensors, folder / "state")
     return tensors

@@ -14,10 +14,10 @@ from test_runs import run_score, tree
 
 import data
 import eval as evaluation
-import sandbox
-import score
-from data import InputError, Problem, code_problems, numbers_of, preamble
-from repair import base_of, begin, read_attempts, wrong
+from checkers import sandbox
+from config import configure
+from data import InputError, Problem, code_problems, preamble, read_ids
+from eval import base_of, given_episodes, only_wrong, read_attempts
 from rewards import program_of
 from sft import builtin_model, builtin_tokenizer
 from tasks import TASKS, load_problems, read_chat
@@ -66,7 +66,7 @@ def test_training_has_the_ids_asked_for_and_no_others():
     assert splits["test"] == [f"HumanEval/{i}" for i in range(5)]
     few = load_problems("code", "train", data=str(CODE), ids="601,511-512")
     assert [p.id for p in few] == ["MBPP/511", "MBPP/512", "MBPP/601"]
-    assert numbers_of("511-974") == tuple(range(511, 975))
+    assert read_ids("511-974") == tuple(range(511, 975))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_without_network_and_files_one_sentence_says_both_ways_out(monkeypatch):
         ({"test_list": []}, "task_id 511"),
         ({"code": None}, "no problem|task_id 511|HumanEval"),
         ({"task_id": "x"}, "task_id x"),
-        ({"text": 3}, "mbpp.jsonl.gz, line 10, is no JSON object with a text"),
+        ({"text": 3}, "mbpp.jsonl.gz, line 10, is not a JSON object with a text"),
     ],
 )
 def test_rows_that_are_not_mbpps_are_named(change, words, tmp_path):
@@ -145,8 +145,8 @@ def test_a_setup_may_be_absent_and_a_split_that_is_not_asked_for_too(tmp_path):
 
 
 def test_ids_of_mbpps_test_split_are_said_to_spoil_it(capsys):
-    numbers_of.cache_clear()
-    assert numbers_of("510-511") == (510, 511)
+    read_ids.cache_clear()
+    assert read_ids("510-511") == (510, 511)
     assert "--split mbpp, 11-510, is no test" in capsys.readouterr().err
 
 
@@ -235,7 +235,7 @@ def test_imports_of_humanevals_prompt_need_not_be_written_again():
 
 
 def test_the_settings_of_code_are_table_8():
-    cfg = score.configure({"task": "code"})
+    cfg = configure({"task": "code"})
     assert (cfg.lr, cfg.batch, cfg.alpha, cfg.beta1, cfg.beta2) == (1e-5, 128, 10, 0.01, 0.25)
     assert cfg.steps1 + cfg.steps2 == 1500 and cfg.temperature == 1 and cfg.ids == "511-974"
 
@@ -302,15 +302,17 @@ def test_a_given_first_attempt_is_continued_as_tokens():
     chat = read_chat(tokenizer, builtin_model(tokenizer, 0), "sums")
     problem = load_problems("sums", "test", 1)[0]
     digits = "1 1 1"
-    episodes = begin([problem, problem], [digits, problem.answer], chat, longest=99)
-    (episode,) = wrong(episodes, "a test")
+    episodes = given_episodes([problem, problem], [digits, problem.answer], chat, longest=99)
+    (episode,) = only_wrong(episodes, "a test")
     assert episode.attempts[0].tokens == [
         *tokenizer.convert_tokens_to_ids(digits.split()),
         chat.close_id,
     ]
     with pytest.raises(InputError, match="no wrong attempt"):
-        wrong(begin([problem], [problem.answer], chat, longest=99), "a test")
-    assert begin([problem], [digits], chat, longest=3) == []  # three digits and an end token
+        only_wrong(given_episodes([problem], [problem.answer], chat, longest=99), "a test")
+    assert (
+        given_episodes([problem], [digits], chat, longest=3) == []
+    )  # three digits and an end token
 
 
 @pytest.mark.parametrize(

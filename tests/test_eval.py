@@ -1,150 +1,22 @@
 """Metrics, their intervals, and the command line of eval.py."""
 
 import json
-import random
 from dataclasses import replace
 
 import pytest
+import torch
+from gemma import FILES, gemma_model, gemma_tokenizer
 
 import eval as evaluation
 from data import Problem
-from metrics import as_table, by_group, edit_ratio, intervals, measure
-from sample import Attempt, Episode, Sampling
-
-PROBLEM = Problem("1+1 =", "2", "sums", "p")
-
-
-def episode(first, second, r1, r2, finished=True):
-    attempts = []
-    for text, r in ((first, r1), (second, r2)):
-        tokens = [int(digit) for digit in text.split()] + [99] * finished
-        attempts.append(Attempt(tokens, [0.0] * len(tokens), text, finished, r))
-    return Episode(PROBLEM, [1], tuple(attempts))
-
-
-EPISODES = [
-    episode("1", "2", 0.0, 1.0),  # wrong -> right
-    episode("1", "1", 0.0, 0.0),
-    episode("2", "2", 1.0, 1.0),
-    episode("2", "1 3", 1.0, 0.0),  # right -> wrong
-    episode("3", "2", 0.0, 1.0),
-]
-
-
-def test_the_five_metrics_by_hand():
-    metrics = measure(EPISODES)
-    assert metrics["acc_t1"] == 0.4 and metrics["acc_t2"] == 0.6
-    assert metrics["delta_i_to_c"] == 0.4 and metrics["delta_c_to_i"] == 0.2  # of ALL problems
-    assert metrics["delta"] == pytest.approx(0.2)
-    assert metrics["copied"] == 0.4
-    assert metrics["length_t1"] == 2 and metrics["length_t2"] == 2.2
-    assert metrics["cut_off"] == 0
-    assert measure([episode("1", "1", 0.0, 0.0, finished=False)])["cut_off"] == 1
-
-
-def test_a_level_and_a_subject_have_metrics_of_their_own():
-    levels = [("5", "Algebra"), ("1", "Algebra"), ("5", "Geometry"), ("5", "Algebra"), ("", "")]
-    labelled = [
-        replace(e, problem=replace(PROBLEM, level=level, subject=subject))
-        for e, (level, subject) in zip(EPISODES, levels, strict=True)
-    ]
-    groups = by_group(labelled)
-    assert list(groups) == ["Algebra (3)", "Geometry (1)", "level 1 (1)", "level 5 (3)"]
-    assert groups["level 5 (3)"]["acc_t2"] == pytest.approx(2 / 3)  # EPISODES 0, 2 and 3
-    assert groups["level 5 (3)"]["delta"] == pytest.approx(0)
-    assert groups["Algebra (3)"]["delta"] == pytest.approx(0)
-    assert by_group(EPISODES) == {}
-
-
-def test_a_table_has_a_column_for_each_attempt_that_all_rows_have():
-    two, three = EPISODES, [replace(e, attempts=(*e.attempts, e.attempts[0])) for e in EPISODES]
-    head, row = as_table({"three": measure(three)}).splitlines()
-    assert head.split() == ["acc@t1", "acc@t2", "acc@t3", "delta", "i->c", "c->i", "copied"]
-    assert row.split() == ["three", "0.400", "0.600", "0.400", "0.200", "0.400", "0.200", "0.400"]
-    both = as_table({"two": measure(two), "three": measure(three)}).splitlines()
-    assert "acc@t3" not in both[0] and len(both[2].split()) == 7
-
-
-def test_unreadable_is_the_share_of_attempts_without_an_answer():
-    attempts = (EPISODES[0].attempts[0], Attempt([5], [0.0], "1 = 2", False, 0.0))
-    assert measure([Episode(PROBLEM, [1], attempts), EPISODES[0]])["unreadable"] == 0.25
-
-
-def test_equal_answers_in_other_words_are_copies():
-    texts = (r"so \boxed{0.5}", r"thus \boxed{\frac12}"), (r"so \boxed{5}", r"thus \boxed{6}")
-    for (one, two), copied in zip(texts, (1, 0), strict=True):
-        attempts = (Attempt([1], [0.0], one, True, 0.0), Attempt([2], [0.0], two, True, 0.0))
-        math = Episode(replace(PROBLEM, task="math"), [1], attempts)
-        assert measure([math])["copied"] == copied
-
-
-def test_delta_is_gained_minus_lost_for_any_episodes():
-    rng = random.Random(0)
-    coins = [[float(rng.random() < 0.5) for _ in range(2)] for _ in range(50)]
-    metrics = measure([episode("1", "2", *pair) for pair in coins])
-    difference = metrics["delta_i_to_c"] - metrics["delta_c_to_i"]
-    assert metrics["delta"] == pytest.approx(metrics["acc_t2"] - metrics["acc_t1"])
-    assert metrics["delta"] == pytest.approx(difference)
-
-
-def test_a_share_of_a_reward_is_not_accuracy():
-    assert measure([episode("1", "2", 0.5, 0.9)])["acc_t2"] == 0
-
-
-def test_unreadable_attempts_are_copied_only_if_their_texts_are():
-    same, other = episode("1", "1", 0.0, 0.0), episode("1", "1", 0.0, 0.0)
-    for e, texts in ((same, ("= 1", "= 1")), (other, ("= 1", "= 2"))):
-        for attempt, text in zip(e.attempts, texts, strict=True):
-            object.__setattr__(attempt, "text", text)
-    assert measure([same])["copied"] == 1 and measure([other])["copied"] == 0
-
-
-def by_the_book(one, two):
-    row = list(range(len(two) + 1))
-    for i, a in enumerate(one, start=1):
-        diagonal, row[0] = row[0], i
-        for j, b in enumerate(two, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (a != b))
-    return row[-1]
-
-
-def test_the_edit_ratio_is_levenshtein_over_both_lengths():
-    rng = random.Random(1)
-    for _ in range(300):
-        one, two = ([rng.randrange(4) for _ in range(rng.randrange(12))] for _ in range(2))
-        expected = by_the_book(one, two) / max(len(one) + len(two), 1)
-        assert edit_ratio(one, two) == pytest.approx(expected)
-    assert edit_ratio([1, 2, 3], [1, 2, 3]) == 0 and edit_ratio([1], [2]) == 0.5
-
-
-def test_intervals_hold_the_estimate_and_shrink_with_the_number_of_problems():
-    metrics = measure(EPISODES)
-    narrow, wide = intervals(metrics, 2000), intervals(metrics, 5)
-    for name, (low, high) in narrow.items():
-        assert low <= metrics[name] <= high and high - low < wide[name][1] - wide[name][0]
-    assert narrow["acc_t1"] == pytest.approx((0.37874, 0.42166), abs=1e-4)  # Wilson, by hand
-    # Agresti and Min: (800.5 - 400.5) / 2002 -+ 1.96 sqrt(1201 - 400 ** 2 / 2002) / 2002
-    assert narrow["delta"] == pytest.approx((0.16707, 0.23253), abs=1e-4)
-
-
-def test_no_change_at_all_still_has_an_interval():
-    low, high = intervals(measure(EPISODES[1:3]), 2)["delta"]
-    assert low < 0 < high
+from eval import compare_votes, vote, votes_table
+from models import load_checkpoint, save_checkpoint
+from sample import Attempt, Episode, Sampling, rollout
+from tasks import CODE_FEEDBACK, MATH_FEEDBACK, MATH_REFINE, load_problems, refining
 
 
 def run_eval(*flags):
     return evaluation.main([str(flag) for flag in flags])
-
-
-def test_samples_of_one_problem_differ_and_do_not_depend_on_the_rows(model, chat, problems):
-    asked = [problems[0]] * 4
-    found = []
-    for rows in (1, 3, 4):
-        sampling = Sampling(2, 10, 1.0, "seed", rows)
-        episodes, _ = evaluation.evaluate(model, chat, asked, sampling)
-        found.append([[attempt.tokens for attempt in e.attempts] for e in episodes])
-    assert found[0] == found[1] == found[2]
-    assert len({str(attempts) for attempts in found[0]}) > 1
 
 
 def test_eval_writes_metrics_and_every_transcript(checkpoint, tmp_path, capsys):
@@ -195,3 +67,127 @@ def test_bad_input_is_one_sentence_and_status_2(
     message = capsys.readouterr().err
     assert words in message and message.count("\n") == 1 and "Traceback" not in message
     assert not list(tmp_path.iterdir())
+
+
+# --- 2. Votes ----------------------------------------------------------------------------------
+
+
+PROBLEM = Problem("1+1 =", "2", "sums", "p")
+
+
+def attempt(text: str, right: str = "2") -> Attempt:
+    return Attempt([1], [0.0], text, True, float(text == right))
+
+
+@pytest.mark.parametrize(
+    ("texts", "right"),
+    [
+        (["2"], 1.0),
+        (["3"], 0.0),
+        (["3", "2", "2"], 1.0),
+        (["3", "3", "2"], 0.0),
+        (["2", "3"], 1.0),  # as many: the first stated
+        (["3", "2"], 0.0),
+        (["?", "?", "?", "2"], 1.0),  # what states nothing has no vote
+        (["?", "?"], 0.0),
+        ([], 0.0),
+    ],
+)
+def test_the_answer_of_most_attempts_wins(texts, right):
+    assert vote([attempt(text) for text in texts], "sums") == right
+
+
+def test_answers_that_are_equal_in_other_words_vote_together():
+    ballots = [r"\boxed{3}", r"\boxed{0.5}", r"\boxed{\frac12}"]
+    assert vote([attempt(text, ballots[1]) for text in ballots], "math") == 1.0
+
+
+def test_both_get_the_same_budget_and_corrections_follow_the_first_attempts():
+    calls = []
+
+    def evaluate(problems, sampling, begun):
+        calls.append((len(problems), sampling.attempts, len(begun)))
+        if begun:  # the correction of "3" is right, that of "2" stays
+            return [replace(e, attempts=(*e.attempts, attempt("2"))) for e in begun], {}
+        texts = ["3" if i % 4 < 3 else "2" for i in range(len(problems))]
+        return [Episode(p, [1], (attempt(t),)) for p, t in zip(problems, texts, strict=True)], {}
+
+    problems = [PROBLEM, replace(PROBLEM, id="q")]
+    lines = compare_votes(evaluate, problems, 3, Sampling())
+    assert calls == [(12, 1, 0), (6, 2, 6)]
+    assert [line["budget"] for line in lines] == [2, 4, 6]
+    assert [line["sequential"] for line in lines] == [1.0, 1.0, 1.0]
+    # first attempts 3 3 3 2 3 3 and 3 2 3 3 3 2: the wrong one has the majority at every budget
+    assert [line["parallel"] for line in lines] == [0.0, 0.0, 0.0]
+
+
+def test_the_command_prints_what_it_writes_and_draws_it(checkpoint, tmp_path, capsys):
+    asked = ["--model", checkpoint, "--problems", 4, "--samples", 3, "--out", tmp_path / "votes"]
+    assert evaluation.main(list(map(str, asked))) == 0
+    printed = capsys.readouterr().out
+    record = json.loads((tmp_path / "votes" / "scaling.json").read_text())
+    assert [line["budget"] for line in record["lines"]] == [2, 4, 6]
+    assert record["settings"]["temperature"] == "0.7"
+    assert votes_table(record["lines"]) in printed
+    assert evaluation.main(["--plot", str(tmp_path / "votes")]) == 0
+    assert (tmp_path / "votes" / "scaling.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    "flags", [["--samples", "-1"], ["--samples", "2", "--attempts", "3"]], ids=str
+)
+def test_bad_samples_are_one_sentence(flags, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert evaluation.main(["--model", str(checkpoint), *flags]) == 2
+    assert "eval.py: --samples must be 1 or more" in capsys.readouterr().err
+
+
+# --- 3. Self-Refine ----------------------------------------------------------------------------
+
+
+def test_self_refine_asks_for_feedback_and_then_for_attempt_2():
+    tokenizer = gemma_tokenizer()
+    chat = refining(tokenizer, gemma_model(tokenizer), "math")
+    turn = "\n<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n"
+    code = refining(tokenizer, gemma_model(tokenizer), "code")
+    for asked, words in (
+        (chat.after(1), MATH_FEEDBACK),
+        (chat.after(2), MATH_REFINE),
+        (code.after(1), CODE_FEEDBACK),
+    ):
+        assert asked == tokenizer(turn.format(words), add_special_tokens=False).input_ids
+    problems = load_problems("math", "train", 2, str(FILES))
+    model = gemma_model(tokenizer).eval()
+    episodes = rollout(model, chat, problems, Sampling(3, 4, 0.0))
+    for made in episodes:  # the third answer follows all that was said, token for token
+        context = list(made.x1)
+        for number, answer in enumerate(made.attempts, start=1):
+            with torch.no_grad():
+                logits = model(torch.tensor([context]), use_cache=False).logits
+            assert answer.tokens[0] == logits[0, -1].argmax().item()
+            closing = [] if answer.finished else [chat.close_id]
+            context += answer.tokens + closing + chat.after(number)
+
+
+def test_self_refine_measures_both_attempts_and_keeps_the_feedback(tmp_path, capsys):
+    model, small = tmp_path / "model", gemma_tokenizer()
+    save_checkpoint(model, gemma_model(small), small)
+    asked = ["--model", model, "--task", "math", "--data", FILES, "--max-new-tokens", 40]
+    asked += ["--problems", 4, "--precision", "float32"]
+    assert evaluation.main([*map(str, asked), "--refine"]) == 0
+    folder = tmp_path / "model" / "eval-refine"
+    rows = [json.loads(line) for line in (folder / "transcripts.jsonl").open()]
+    metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
+    assert len(rows) == 4 and all(row["feedback"] and len(row["attempts"]) == 2 for row in rows)
+    assert metrics["acc_t2"] == sum(row["attempts"][1]["reward"] for row in rows) / 4
+    loaded, tokenizer = load_checkpoint(str(model))
+    problems = load_problems("math", "test", 4, str(FILES))
+    chat = refining(tokenizer, loaded, "math")
+    for row, made in zip(rows, rollout(loaded, chat, problems, Sampling(3, 40, 0.0)), strict=True):
+        one, said, two = made.attempts
+        assert [y["tokens"] for y in row["attempts"]] == [one.tokens, two.tokens]
+        assert row["feedback"] == said.text and said.tokens != two.tokens
+    assert "acc_t3" not in metrics
+    for wrong in (["--attempts", "3"], ["--samples", "2"], ["--repair"]):
+        assert evaluation.main([*map(str, asked), "--refine", *wrong]) == 2
+        assert "--refine goes with neither" in capsys.readouterr().err

@@ -18,9 +18,10 @@ import eval as evaluation
 import models
 import ranks
 import score
+from config import configure
 from models import adam, load_checkpoint
 from sample import Sampling, collate, rollout, transcript
-from score import Learner, configure
+from score import STAGES, Learner
 from tasks import load_problems, read_chat
 
 FAST = ["--task", "math", "--data", FILES, "--batch", "16", "--k", "4", "--max-new-tokens", "40"]
@@ -122,13 +123,13 @@ def make_learner(small_gemma, precision, **settings):
     if cfg.recompute:
         models.recompute_activations(policy)
     chat = read_chat(tokenizer, policy, "math")
-    plain = models.spread(policy, ref.requires_grad_(False), precision)
+    plain = models.distribute(policy, ref.requires_grad_(False), precision)
     return Learner(policy, ref, plain, adam(policy, cfg.lr), chat, [], cfg)
 
 
 def episodes_of(learner):
     problems = load_problems("math", "train", 6, str(FILES))
-    return score.sample(learner, [p for p in problems for _ in range(2)], "2", "0")
+    return score.sample(learner, [p for p in problems for _ in range(2)], STAGES["2"], "0")
 
 
 @pytest.mark.parametrize(("precision", "gap"), [("float32", 1e-4), ("bfloat16", 0.15)])
@@ -137,7 +138,9 @@ def test_sampled_log_probs_equal_the_scored_ones(small_gemma, precision, gap, te
     learner = make_learner(small_gemma, precision, temperature=temperature)
     episodes = episodes_of(learner)
     rows = [transcript(episode, learner.chat) for episode in episodes]
-    logp, kl, own = score.score(learner, *collate(rows, "cpu"))
+    tokens, attempt_ids = collate(rows, "cpu")
+    logp, kl = score.log_probs_and_kl(learner, tokens, attempt_ids)
+    own = attempt_ids[:, 1:]
     for row, episode in enumerate(episodes):
         for number, attempt in enumerate(episode.attempts, start=1):
             mine = logp[row][own[row] == number]
@@ -148,12 +151,12 @@ def test_sampled_log_probs_equal_the_scored_ones(small_gemma, precision, gap, te
 def test_a_sharded_reference_that_has_computed_takes_all_weights_of_another_model(small_gemma):
     learner = make_learner(small_gemma, "bfloat16")
     rows = [transcript(episode, learner.chat) for episode in episodes_of(learner)]
-    score.score(learner, *collate(rows, "cpu"))  # what looked forward is still gathered
+    score.log_probs_and_kl(learner, *collate(rows, "cpu"))  # what looked forward is still gathered
     other = load_checkpoint(str(small_gemma), "bfloat16")[0]
     for weight in other.parameters():
         weight.data += 1
-    ranks.load_into(learner.ref, other)
-    found = ranks.plain(learner.ref, learner.plain)
+    ranks.copy_weights(learner.ref, other)
+    found = ranks.unshard(learner.ref, learner.full_copy)
     for (name, one), two in zip(found.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two), name
 
@@ -163,7 +166,7 @@ def test_recompute_runs_each_layer_again_in_backward(small_gemma, recompute, cal
     learner = make_learner(small_gemma, "bfloat16", recompute=recompute)
     episodes, called = episodes_of(learner), []
     learner.policy.model.layers[0].mlp.register_forward_hook(lambda *_: called.append(1))
-    score.update(learner, episodes, "1", 0.1)
+    score.update(learner, episodes, STAGES["1"], 0.1)
     assert len(called) == calls and not learner.policy.training
 
 
@@ -175,7 +178,7 @@ def test_chunks_of_the_head_change_nothing(small_gemma, monkeypatch):
     found = []
     for numbers in (2**27, 5000):  # all tokens at once, and five at a time
         monkeypatch.setattr(score, "LOGITS_AT_ONCE", numbers)
-        logp, kl, _ = score.score(learner, *batch)
+        logp, kl = score.log_probs_and_kl(learner, *batch)
         (logp.sum() + kl.sum()).backward()
         found.append((logp, kl, [weight.grad for weight in learner.policy.parameters()]))
         learner.optimizer.zero_grad()
@@ -190,7 +193,7 @@ def test_rows_side_by_side_do_not_change_what_is_sampled(small_gemma):
     learner = make_learner(small_gemma, "float32")
     problems = [p for p in load_problems("math", "train", 5, str(FILES)) for _ in range(3)]
     whole, parts = (
-        rollout(learner.policy, learner.chat, problems, Sampling(2, 24, rows=rows))
+        rollout(learner.policy, learner.chat, problems, Sampling(2, 24, seed="0", rows=rows))
         for rows in (500, 4)
     )
     assert [[y.tokens for y in e.attempts] for e in whole] == [

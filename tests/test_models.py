@@ -44,11 +44,11 @@ def test_a_model_with_another_head_is_refused():
         check_head(model)
 
 
-def spread(precision):
+def distributed(precision):
     """A policy, its reference and their plain copy, as `precision` asks for them."""
     ref = make_model(0).to(getattr(torch, precision))
     policy = copy.deepcopy(ref)
-    plain = models.spread(policy, ref.requires_grad_(False), precision)
+    plain = models.distribute(policy, ref.requires_grad_(False), precision)
     return policy, ref, plain
 
 
@@ -57,15 +57,15 @@ def loss_of(model, row):
 
 
 def test_a_float32_policy_of_one_process_stays_as_it_is_and_samples_itself():
-    policy, _, plain = spread("float32")
-    assert plain is None and ranks.plain(policy, plain) is policy
+    policy, _, plain = distributed("float32")
+    assert plain is None and ranks.unshard(policy, plain) is policy
     assert type(policy) is type(make_model(0))
 
 
 def test_bfloat16_has_float32_masters_that_compute_as_the_plain_copy_does():
-    policy, ref, copied = spread("bfloat16")
+    policy, ref, copied = distributed("bfloat16")
     assert {weight.dtype for weight in policy.parameters()} == {torch.float32}
-    plain = ranks.plain(policy, copied)
+    plain = ranks.unshard(policy, copied)
     with torch.no_grad():
         hidden = [last_hidden(model, tokens(plain)) for model in (policy, ref, plain)]
         logits = [head(m, h) for m, h in zip((policy, ref, plain), hidden, strict=True)]
@@ -74,7 +74,7 @@ def test_bfloat16_has_float32_masters_that_compute_as_the_plain_copy_does():
 
 
 def test_gradients_of_micro_batches_are_summed_in_float32():
-    policy, _, _ = spread("bfloat16")
+    policy, _, _ = distributed("bfloat16")
     twin = make_model(0).to(torch.bfloat16)
     total = [torch.zeros(p.shape) for p in twin.parameters()]
     for row in tokens(twin):
@@ -88,13 +88,13 @@ def test_gradients_of_micro_batches_are_summed_in_float32():
 
 
 def test_steps_too_small_for_bfloat16_add_up_in_the_masters():
-    policy, _, copied = spread("bfloat16")
-    before = ranks.plain(policy, copied).model.embed_tokens.weight.clone()
+    policy, _, copied = distributed("bfloat16")
+    before = ranks.unshard(policy, copied).model.embed_tokens.weight.clone()
     scale = before.float().abs().max().item()
     for _ in range(400):
         for weight in policy.parameters():
             weight.data += 1e-4 * scale  # half a unit in the last place of bfloat16 is 2e-3
-    after = ranks.plain(policy, copied).model.embed_tokens.weight
+    after = ranks.unshard(policy, copied).model.embed_tokens.weight
     moved = (after.float() - before.float()).mean().item()
     assert moved == pytest.approx(0.04 * scale, rel=0.05)
     direct = before.clone()
@@ -106,10 +106,10 @@ def test_steps_too_small_for_bfloat16_add_up_in_the_masters():
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_stage_goes_back_to_a_checkpoint_weights_and_all(precision):
-    policy, _, copied = spread(precision)
+    policy, _, copied = distributed(precision)
     other = make_model(1).to(getattr(torch, precision))
-    ranks.load_into(policy, other)
-    plain = ranks.plain(policy, copied)
+    ranks.copy_weights(policy, other)
+    plain = ranks.unshard(policy, copied)
     assert all(
         torch.equal(a, b) for a, b in zip(plain.parameters(), other.parameters(), strict=True)
     )
@@ -129,8 +129,8 @@ def test_a_saved_adam_goes_on_as_if_it_had_never_stopped(tmp_path):
             optimizer.step()
 
     steps(policy, optimizer, 2)
-    ranks.save(models.state_of(policy, optimizer), tmp_path / "state")
-    ranks.load(models.state_of(again, fresh), tmp_path / "state")
+    ranks.save_sharded(models.state_of(policy, optimizer), tmp_path / "state")
+    ranks.load_sharded(models.state_of(again, fresh), tmp_path / "state")
     steps(policy, optimizer, 2)
     steps(again, fresh, 2)
     steps(twin, usual, 4)  # a state that is there from the start changes nothing

@@ -19,10 +19,10 @@ import eval as evaluation
 import models
 import ranks
 import score
+from config import configure
 from data import InputError
 from learner import build
 from models import load_checkpoint, save_checkpoint
-from sample import micro_batches
 
 # Attempts of many lengths, live rewards, micro-batches that do not divide evenly.
 # The policy begins beside the base (--init): at a gradient of 0 Adam would make a step of rounding.
@@ -116,7 +116,7 @@ def stepped(learner, run, *rest):
         {fault}
     return one_step(learner, run, *rest)
 score.one_step = stepped
-ranks.leave(score.main())
+ranks.run_command(score.main)
 """
 
 
@@ -155,10 +155,10 @@ def test_one_process_resumes_what_two_left(preempted, pair, tmp_path):
 
 def test_what_two_ranks_saved_one_reads_exactly(preempted):
     saved = read_state(preempted)
-    cfg = score.configure({**json.loads((preempted / "config.json").read_text())["settings"]})
-    learner = build(cfg, "", same_base=True)
+    cfg = configure({**json.loads((preempted / "config.json").read_text())["settings"]})
+    learner = build(cfg, [], "", same_base=True)
     tensors = models.state_of(learner.policy, learner.optimizer)
-    ranks.load(tensors, preempted / "state")
+    ranks.load_sharded(tensors, preempted / "state")
     for name, weight in learner.policy.named_parameters():
         assert torch.equal(weight, saved[f"weights.{name}"])
         for key, value in learner.optimizer.state[weight].items():
@@ -251,7 +251,7 @@ def test_every_thing_is_in_one_share_and_samples_of_a_problem_stay_together(of_t
     shares = []
     for rank in range(3):
         of_three(rank)
-        shares.append(ranks.share(40, unit=4))
+        shares.append(ranks.local_slice(40, unit=4))
     assert [(part.start, part.stop) for part in shares] == [(0, 12), (12, 24), (24, 40)]
 
 
@@ -261,7 +261,7 @@ def test_every_row_is_in_one_hand_and_all_make_as_many_backward_passes(rows, of_
     hands = []
     for rank in range(3):
         of_three(rank)
-        hands.append(ranks.deal(lengths, 100, micro_batches))
+        hands.append(ranks.local_micro_batches(lengths, 100))
     assert len({len(hand) for hand in hands}) == 1
     in_the_loss = [row for hand in hands for batch, weight in hand if weight for row in batch]
     assert sorted(in_the_loss) == list(range(rows))
@@ -272,13 +272,13 @@ def test_every_row_is_in_one_hand_and_all_make_as_many_backward_passes(rows, of_
 
 def test_what_is_wrong_on_another_rank_ends_this_one_silently(of_three, monkeypatch):
     of_three(1)
-    monkeypatch.setattr(ranks, "gather", lambda things: [InputError("on rank 2"), *things])
+    monkeypatch.setattr(ranks, "all_gather", lambda things: [InputError("on rank 2"), *things])
     with pytest.raises(SystemExit) as left:
-        ranks.together(int, "3")
+        ranks.on_all_ranks(int, "3")
     assert left.value.code == 2
     of_three(0)
     with pytest.raises(InputError, match="on rank 2"):
-        ranks.together(int, "3")
+        ranks.on_all_ranks(int, "3")
 
 
 TWO_GRADIENTS = """
@@ -287,10 +287,10 @@ sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import torch
 import models, ranks
 from conftest import make_model
-with ranks.joined():
+with ranks.process_group():
     ref = make_model(0).to(torch.bfloat16)
     policy, total = copy.deepcopy(ref), 0.0
-    models.spread(policy, copy.deepcopy(ref).requires_grad_(False), "bfloat16")
+    models.distribute(policy, copy.deepcopy(ref).requires_grad_(False), "bfloat16")
     rows = torch.arange(40).view(2, 20)
     for rank, model in ((ranks.rank(), policy), (0, ref), (1, ref)):
         hidden = models.last_hidden(model, rows[rank : rank + 1])[0]
@@ -298,9 +298,9 @@ with ranks.joined():
         if model is ref:
             total = total + ref.model.norm.weight.grad.float() / 2
             ref.zero_grad()
-    found = ranks.whole(policy.model.norm.weight.grad)
+    found = ranks.full_tensor(policy.model.norm.weight.grad)
     assert found.dtype == torch.float32 and torch.equal(found, total), (found, total)
-ranks.leave(0)
+ranks.run_command(lambda: 0)
 """
 
 

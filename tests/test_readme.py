@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
-import eval as evaluation
 import metrics
 import score
+from config import Config, check_settings, configure, parse_eval_flags, parse_train_flags, plan_of
 from experiments import memory, reproduce
-from runs import check_settings, parse_flags
 from sample import Attempt, Episode
-from score import Config
+from score import STAGES
 from sft import builtin_model, builtin_tokenizer
 from tasks import TASKS
 
@@ -41,10 +40,11 @@ def test_every_command_parses(command):
         assert program == "python"
     script, *flags = words
     if script == "score.py":
-        typed = parse_flags(Config, "", flags)
-        check_settings(score.configure(typed))
+        typed = parse_train_flags("", flags)
+        cfg = configure(typed)
+        check_settings(cfg, plan_of(cfg.stage, STAGES))
     elif script == "eval.py":
-        assert evaluation.parse_flags(flags)
+        assert parse_eval_flags("", flags)
     elif script == "experiments/reproduce.py":
         assert reproduce.parse_flags(flags)
     else:
@@ -68,7 +68,7 @@ def test_the_settings_it_names_are_the_defaults():
 
 
 def test_the_memory_tables_are_what_their_command_prints():
-    cfg = score.configure({"task": "math"})
+    cfg = configure({"task": "math"})
     benchmarks = (Path(score.__file__).parent / "BENCHMARKS.md").read_text()
     assert memory.table(cfg) in benchmarks and memory.what_fits(cfg) in benchmarks
 
@@ -80,12 +80,12 @@ def test_the_table_is_what_reproduce_prints_of_the_results_beside_it():
 
 
 def test_the_settings_of_math_are_table_8():
-    cfg = score.configure({"task": "math"})
+    cfg = configure({"task": "math"})
     assert (cfg.lr, cfg.batch, cfg.alpha, cfg.beta1, cfg.beta2) == (5e-6, 512, 10, 0.01, 0.1)
     assert cfg.steps1 + cfg.steps2 == 3000 and cfg.temperature == 1 and cfg.max_new_tokens == 1024
-    assert score.configure({"task": "math", "lr": 1e-5}).lr == 1e-5
+    assert configure({"task": "math", "lr": 1e-5}).lr == 1e-5
     for task, known in TASKS.items():  # eval.py's defaults are score.py's
-        cfg = score.configure({"task": task})
+        cfg = configure({"task": task})
         asked = (cfg.max_new_tokens, cfg.precision, cfg.rows, cfg.problems)
         assert asked == (known.max_new_tokens, known.precision, known.rows, known.problems)
 
@@ -100,6 +100,6 @@ def test_every_metric_is_in_its_table():
 
 
 def test_every_function_it_names_exists():
-    modules = "score|sample|metrics|eval|runs|baselines|tasks"
+    modules = "score|sample|metrics|eval|runs|sft|tasks"
     for module, name in re.findall(rf"`({modules})\.(?!py`)(\w+)`", README):
         assert hasattr(__import__(module), name), f"{module}.{name}"

@@ -12,10 +12,12 @@ from gemma import FILES, gemma_model, gemma_tokenizer
 
 import eval as evaluation
 import score
+from config import Config, check_settings, configure, parse_eval_flags, parse_train_flags, plan_of
 from data import InputError
 from experiments import pictures, reproduce
 from models import save_checkpoint
-from runs import Run, alone_in, check_settings, parse_flags, plan_of
+from runs import Run, locked
+from score import STAGES
 
 TINY = ["--steps1", "3", "--steps2", "2", "--batch", "8", "--k", "2", "--problems", "6"]
 
@@ -35,16 +37,16 @@ def test_every_command_of_the_grid_is_one_that_its_script_takes(given):
     assert len(found) == 2 * (len(reproduce.TRAINED) + 12) and set(reproduce.TRAINED) <= kinds
     for job in found:
         if job.script == "eval.py":
-            assert evaluation.parse_flags(job.flags)
+            assert parse_eval_flags("", job.flags)
             continue
-        cfg = score.configure(parse_flags(score.Config, "", job.flags))
-        check_settings(cfg)
-        plan = plan_of(cfg.stage)
-        assert plan[-1][1] == job.key
-        usual = score.configure(parse_flags(score.Config, "", list(map(str, given))))
+        cfg = configure(parse_train_flags("", job.flags))
+        plan = plan_of(cfg.stage, STAGES)
+        check_settings(cfg, plan)
+        assert plan[-1].folder == job.key
+        usual = configure(parse_train_flags("", list(map(str, given))))
         stages = {"score": 1, "offline": 1, "no-bonus": 0, "star-stage2": 0}
         if job.name.split()[0] not in stages:  # as many updates as SCoRe, but for rounding up
-            steps = sum(cfg.steps2 if s in ("2", *score.SFT) else cfg.steps1 for s, _ in plan)
+            steps = sum(getattr(cfg, stage.steps) for stage in plan)
             assert 0 <= steps - (usual.steps1 + usual.steps2) <= 2
 
 
@@ -160,7 +162,7 @@ def test_the_whole_grid_runs_and_goes_on_after_a_stop(
     assert reproduce.main(flags) == 0 and len(calls) == begun
     assert reproduce.main([*flags, "--lr", "0.1"]) == 2
     assert "--problems 6: name another" in capsys.readouterr().err
-    with alone_in(out):
+    with locked(out):
         assert reproduce.main(flags) == 2
     assert "--out grid is in use" in capsys.readouterr().err
 
@@ -225,8 +227,8 @@ def test_a_model_of_few_positions_has_fewer_attempts_in_a_row(tmp_path):
         model.config.max_position_embeddings = positions
         save_checkpoint(tmp_path / "model", model, tokenizer)
         flags = {"task": "math", "model": str(tmp_path / "model")}
-        assert reproduce.most_attempts(score.configure(flags)) == expected
-    assert reproduce.most_attempts(score.Config()) == 10
+        assert reproduce.most_attempts(configure(flags)) == expected
+    assert reproduce.most_attempts(Config()) == 10
 
 
 def test_a_run_that_fails_is_named_with_its_log(tmp_path, capsys):

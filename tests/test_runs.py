@@ -20,9 +20,11 @@ import models
 import ranks
 import runs
 import score
+from config import Config, plan_of
 from figures import draw
 from models import load_checkpoint, save_checkpoint
-from runs import ALARM_STEPS, Progress, plan_of, raise_alarms
+from runs import ALARM_STEPS, Progress, raise_alarms
+from score import STAGES
 from sft import builtin_model, builtin_tokenizer
 
 SMALL = ["--batch", "8", "--k", "2", "--steps1", "5", "--steps2", "3", "--problems", "8"]
@@ -150,16 +152,16 @@ def test_kill_9_at_any_moment_leaves_a_run_that_resumes(finished, checkpoint, tm
 def test_a_kill_between_the_two_moves_of_a_save_leaves_a_run_that_resumes(
     finished, checkpoint, tmp_path, monkeypatch
 ):
-    out, move_in = tmp_path / "moved", runs.move_in
+    out, replace_folder = tmp_path / "moved", runs.replace_folder
 
-    def killed(part, folder):
+    def killed(folder, part):
         if json.loads((part / "where.json").read_text())["progress"]["step"] == 4:
             folder.rename(folder.with_name("state.old"))
             raise KeyboardInterrupt
-        move_in(part, folder)
+        replace_folder(folder, part)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "move_in", killed)
+        patch.setattr(runs, "replace_folder", killed)
         assert run_score("--model", checkpoint, "--out", out, *SMALL) == 130
     assert not (out / "state").exists() and (out / "state.part").exists()
     assert run_score("--resume", "--out", out) == 0
@@ -224,12 +226,12 @@ def test_the_checkpoint_kept_is_that_of_the_best_attempts_that_the_stage_trains(
 ):
     saved = []
     monkeypatch.setattr(models, "save_checkpoint", lambda folder, *_: saved.append(folder.name))
-    monkeypatch.setattr(ranks, "plain", lambda *_: None)
+    monkeypatch.setattr(ranks, "unshard", lambda *_: None)
     learner = SimpleNamespace(
         policy=None,
-        plain=None,
+        full_copy=None,
         chat=SimpleNamespace(tokenizer=None),
-        cfg=score.Config(save_every=1),
+        cfg=Config(save_every=1),
     )
     run, progress = runs.Run(tmp_path), Progress()
     for stage, lines in (
@@ -238,21 +240,19 @@ def test_the_checkpoint_kept_is_that_of_the_best_attempts_that_the_stage_trains(
         ("1b", [(0.1, 0.9), (0.1, 0.2), (0.1, 0.1)]),
         ("pair", [(0.9, 0.9), (0.1, 0.1)]),
     ):
-        progress.best, name = -1.0, f"stage{stage}"
+        progress.best = -1.0
         for acc_t1, acc_t2 in lines:
             run.lines.append({"acc_t1": acc_t1, "acc_t2": acc_t2, "acc_t3": 1 - acc_t2})
             progress.step += 1
-            score.keep_best(learner, run, progress, stage, name)
+            score.keep_best(learner, run, progress, STAGES[stage])
     # attempt 1's, attempt 2's, attempt 3's (1 - acc_t2), and always
-    assert saved == [f"stage{stage}" for stage in ("0", "0", "1", "1", "1b", "1b", "1b")] + [
-        "stagepair",
-        "stagepair",
-    ]
+    expected = [f"stage{stage}" for stage in ("0", "0", "1", "1", "1b", "1b", "1b")]
+    assert saved == [*expected, "pair", "pair"]
 
 
 def test_two_commands_never_write_to_one_folder(checkpoint, tmp_path, capsys):
     out = tmp_path / "new" / "run"
-    with runs.alone_in(out):
+    with runs.locked(out):
         assert run_score("--model", checkpoint, "--out", out, *SMALL) == 2
         assert f"--out {out} is in use" in capsys.readouterr().err
     assert not out.parent.exists()  # what stayed empty is gone
@@ -260,7 +260,8 @@ def test_two_commands_never_write_to_one_folder(checkpoint, tmp_path, capsys):
 
 
 def test_stages_may_repeat(checkpoint, tmp_path):
-    assert plan_of("1,2,1") == [("1", "stage1"), ("2", "stage2"), ("1", "stage1-2")]
+    plan = [(stage.name, stage.folder) for stage in plan_of("1,2,1", STAGES)]
+    assert plan == [("1", "stage1"), ("2", "stage2"), ("1", "stage1-2")]
     flags = ["--model", checkpoint, "--out", tmp_path / "twice", "--stage", "1,2,1,2", *SMALL]
     assert run_score(*flags, "--steps1", 1, "--steps2", 1) == 0
     names = {path.name for path in (tmp_path / "twice").glob("stage*")}
@@ -278,7 +279,7 @@ def test_the_control_starts_from_the_base_with_init(checkpoint, tmp_path):
     [
         (["--stage", "3"], "--stage 3"),
         (["--stage", ""], "--stage"),
-        (["--stage", "2"], "needs a Stage I"),
+        (["--stage", "2"], "goes on from a stage 1"),
         (["--k", "1"], "--k 1"),
         (["--batch", "10", "--k", "4"], "--batch 10"),
         (["--beta1", "-0.1"], "--beta1"),
@@ -405,7 +406,6 @@ def line(step, **metrics):
         ({"cut_off": 0.11}, "cut off"),
         ({}, None),
         ({"acc_t1": 0.44, "acc_t2": 0.4}, None),
-        ({"stage": "pair", "copied": 0.96}, None),  # of the model that samples, not of the learner
     ],
 )
 def test_an_alarm_is_raised_once(metrics, word, capsys):
@@ -449,7 +449,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(checkpoint, tmp_path, capsys
 
 def test_the_builtin_model_is_the_same_in_memory_and_on_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "models.fit_builtin", lambda seed: (builtin_model(t := builtin_tokenizer(), seed), t)
+        "learner.fit_builtin", lambda seed: (builtin_model(t := builtin_tokenizer(), seed), t)
     )
     for precision in ("float32", "bfloat16"):
         flags = [*SMALL, "--precision", precision, "--steps1", "1", "--steps2", "1"]
@@ -460,9 +460,3 @@ def test_the_builtin_model_is_the_same_in_memory_and_on_disk(tmp_path, monkeypat
         one, two = tree(once), tree(twice)
         assert one["lines"][0]["kl_t2"] == 0
         assert one["lines"] == two["lines"]
-
-
-def test_an_empty_run_has_no_curve(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(score.InputError, match="no step"):
-        draw(tmp_path)

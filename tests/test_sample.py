@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import make_model
 
-from sample import Sampling, draw, micro_batches, rollout, segments
+from ranks import micro_batches
+from sample import Sampling, draw, rollout, segments
 from sft import builtin_tokenizer
 from tasks import read_chat
 

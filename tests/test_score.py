@@ -12,9 +12,11 @@ import score
 from models import adam
 from sample import Attempt, Sampling, collate, rollout, transcript
 from score import (
+    STAGES,
+    AttemptBatch,
     Config,
     Learner,
-    Scored,
+    adapted_beta2,
     bonus,
     kl_divergence,
     leave_one_out,
@@ -90,7 +92,7 @@ def surrogate(stage, policy, ref, k=2):
     own = torch.tensor([1, 1, 2, 2])
     reward = [R1[[one for one, _ in EPISODES]], R1[[two for _, two in EPISODES]]]
     y1, y2 = (
-        Scored(
+        AttemptBatch(
             reward[n - 1][rows],
             leave_one_out(reward[n - 1][rows], k),
             (logp * (own == n))[rows],
@@ -134,7 +136,7 @@ def test_of_three_unbiased_kl_gradients_the_exact_one_has_the_least_variance():
     actions = torch.tensor(ATTEMPTS)[..., None]
     logp = log_probs.gather(2, actions)[..., 0]  # (9, 2), attempt 1 alone
     ratio = (logp - ref_log_probs.gather(2, actions)[..., 0]).detach()
-    exact = Scored(R1, R1, logp, kl_divergence(log_probs, ref_log_probs))
+    exact = AttemptBatch(R1, R1, logp, kl_divergence(log_probs, ref_log_probs))
     to_go = ratio.flip(1).cumsum(1).flip(1)
     total = ratio.sum(dim=1)
     probability = logp.sum(dim=1).exp().detach()  # (9,)
@@ -159,10 +161,10 @@ def test_of_three_unbiased_kl_gradients_the_exact_one_has_the_least_variance():
 # --- 2. Which number multiplies which token ----------------------------------------------------
 
 
-def scored(r, siblings, kl=0.0):
+def scored(r, baseline, kl=0.0):
     """An attempt of two tokens for each episode, with log-probs that take a gradient."""
     logp = torch.full((len(r), 2), -1.0, requires_grad=True)
-    return Scored(torch.tensor(r), torch.tensor(siblings), logp, torch.full((len(r), 2), kl))
+    return AttemptBatch(torch.tensor(r), torch.tensor(baseline), logp, torch.full((len(r), 2), kl))
 
 
 def coefficients(objective, attempt):
@@ -237,7 +239,7 @@ def collated(learner, episodes):
 @pytest.fixture
 def episodes(learner, problems):
     """Twenty episodes with made-up rewards, so that every advantage is alive."""
-    made = score.sample(learner, [p for p in problems for _ in range(4)], "2", "0")
+    made = score.sample(learner, [p for p in problems for _ in range(4)], STAGES["2"], "0")
     coin = torch.Generator().manual_seed(3)
     return [with_rewards(e, torch.randint(2, (2,), generator=coin).tolist()) for e in made]
 
@@ -252,7 +254,7 @@ def gradient(learner, episodes, stage, **settings):
     cfg = replace(learner.cfg, clip=1e9, **settings)
     twin = make_learner(copy.deepcopy(learner.policy), learner.ref, learner.chat, cfg)
     twin.optimizer = Recorder(twin.policy.parameters())
-    metrics = update(twin, episodes, stage, cfg.beta2)
+    metrics = update(twin, episodes, STAGES[stage], cfg.beta2)
     return twin.optimizer.gradient, metrics
 
 
@@ -280,7 +282,9 @@ def test_an_update_of_single_turn_rl_follows_r1_and_not_r2(learner, episodes):
 
 
 def test_sampled_log_probs_equal_the_scored_ones_for_both_attempts(learner, episodes):
-    logp, _, own = score.score(learner, *collated(learner, episodes))
+    tokens, numbers = collated(learner, episodes)
+    logp, _ = score.log_probs_and_kl(learner, tokens, numbers)
+    own = numbers[:, 1:]
     lengths = {len(y.tokens) for e in episodes for y in e.attempts}
     assert len(lengths) > 3 and any(not y.finished for e in episodes for y in e.attempts)
     for row, episode in enumerate(episodes):
@@ -290,13 +294,14 @@ def test_sampled_log_probs_equal_the_scored_ones_for_both_attempts(learner, epis
 
 
 def test_the_kl_is_zero_on_every_token_while_the_policy_is_the_reference(learner, episodes):
-    _, kl, _ = score.score(learner, *collated(learner, episodes))
+    _, kl = score.log_probs_and_kl(learner, *collated(learner, episodes))
     assert kl.abs().max() == 0
 
 
 def test_log_probs_of_attempt_tokens_equal_the_full_ones_with_both_softcaps(learner, episodes):
     tokens, numbers = collated(learner, episodes)
-    logp, _, own = score.score(learner, tokens, numbers)
+    logp, _ = score.log_probs_and_kl(learner, tokens, numbers)
+    own = numbers[:, 1:]
     full = learner.policy(input_ids=tokens, use_cache=False).logits.log_softmax(-1)
     by_hand = full[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
     torch.testing.assert_close(logp, by_hand * (own > 0))
@@ -340,9 +345,11 @@ def test_beta2_pulls_attempt_1_back_to_the_reference(learner, problems):
     learner = make_learner(learner.policy, learner.ref, learner.chat, cfg)
     kls = []
     for seed in range(12):
-        fresh = score.sample(learner, [p for p in problems for _ in range(4)], "2", str(seed))
+        fresh = score.sample(
+            learner, [p for p in problems for _ in range(4)], STAGES["2"], str(seed)
+        )
         flat = [with_rewards(e, [0.0, 0.0]) for e in fresh]  # nothing but KL
-        kls.append(update(learner, flat, "1", cfg.beta2)["kl_t1"])
+        kls.append(update(learner, flat, STAGES["1"], cfg.beta2)["kl_t1"])
     assert kls[0] > 0.1
     assert kls[-1] < 0.7 * kls[0]
 
@@ -350,7 +357,7 @@ def test_beta2_pulls_attempt_1_back_to_the_reference(learner, problems):
 def test_an_offline_attempt_1_is_in_no_loss_but_its_reward_is_in_the_bonus(learner, problems):
     learner.policy = make_model(seed=5)
     learner.cfg = replace(learner.cfg, offline=0.6)
-    made = score.sample(learner, [p for p in problems for _ in range(4)], "2", "0")
+    made = score.sample(learner, [p for p in problems for _ in range(4)], STAGES["2"], "0")
     assert [e.offline for e in made] == [True] * 12 + [False] * 8
     online = rollout(learner.ref, learner.chat, [made[0].problem], Sampling(1, seed="0"))
     assert online[0].attempts[0].tokens == made[0].attempts[0].tokens  # the base's own
@@ -363,7 +370,7 @@ def test_an_offline_attempt_1_is_in_no_loss_but_its_reward_is_in_the_bonus(learn
 
 
 def test_training_samples_at_temperature_1_from_the_raw_softmax(learner, problems):
-    made = score.sample(learner, problems[:1] * 4000, "2", "0")
+    made = score.sample(learner, problems[:1] * 4000, STAGES["2"], "0")
     first = torch.tensor([e.attempts[0].tokens[0] for e in made])
     with torch.no_grad():
         exact = learner.policy(torch.tensor([made[0].x1])).logits[0, -1].softmax(-1)
@@ -394,7 +401,7 @@ def test_the_end_token_is_in_the_loss_and_everything_else_after_it_is_not(chat, 
 
 def test_an_update_moves_the_policy_and_not_the_reference(learner, episodes):
     before = [p.clone() for p in learner.ref.parameters()]
-    update(learner, episodes, "2", 0.0)
+    update(learner, episodes, STAGES["2"], 0.0)
     assert all(torch.equal(a, b) for a, b in zip(before, learner.ref.parameters(), strict=True))
     moved = zip(before, learner.policy.parameters(), strict=True)
     assert any(not torch.equal(a, b) for a, b in moved)
@@ -403,7 +410,7 @@ def test_an_update_moves_the_policy_and_not_the_reference(learner, episodes):
 def test_products_in_tf32_move_the_gradient_by_less_than_a_hundredth(
     learner, episodes, problems, monkeypatch
 ):
-    """What a float32 run has on a GPU (ranks.joined), imitated: operands of 10 bits of mantissa."""
+    """What a float32 run has on a GPU, imitated: operands of 10 bits of mantissa."""
     learner.policy = builtin_model(learner.chat.tokenizer, seed=1)  # without steep attention
     exact, _ = gradient(learner, episodes, "2")
     linear = torch.nn.functional.linear
@@ -417,8 +424,77 @@ def test_products_in_tf32_move_the_gradient_by_less_than_a_hundredth(
 
     monkeypatch.setattr(torch.nn.functional, "linear", coarse_linear)
     coarse, _ = gradient(learner, episodes, "2")
-    fresh = score.sample(learner, [p for p in problems for _ in range(4)], "2", "1")
+    fresh = score.sample(learner, [p for p in problems for _ in range(4)], STAGES["2"], "1")
     off = sum((a - b).square().sum() for a, b in zip(coarse, exact, strict=True)).sqrt()
     size = sum(b.square().sum() for b in exact).sqrt()
     assert 1e-5 * size < off < 1e-2 * size
     assert 0 < gradient(learner, fresh, "2")[1]["on_policy_gap"] < 5e-3
+
+
+# --- 3. Three attempts, and β2 that adapts -----------------------------------------------------
+
+R = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)  # of one-token attempts
+ROLLOUTS = torch.tensor(list(itertools.product(range(3), repeat=3)))  # 27
+
+
+def three_attempts(stage, k=2):
+    """Expected gradients of equation and surrogate for 3 tokens, 1 token an attempt, 3 attempts."""
+    make = torch.Generator().manual_seed(5)
+    shapes = [(3,), (3, 3), (3, 3, 3)]
+    policy, ref = (
+        [torch.randn(s, generator=make, dtype=torch.float64, requires_grad=True) for s in shapes]
+        for _ in range(2)
+    )
+    ours, its = ([logits.log_softmax(-1) for logits in one] for one in (policy, ref))
+    its = [table.detach() for table in its]
+    p1, p2, p3 = (table.exp() for table in ours)
+    kl1, kl2, kl3 = ((a.exp() * (a - b)).sum(-1) for a, b in zip(ours, its, strict=True))
+    before2, before3 = p1.detach(), (p1[:, None] * p2).detach()  # y1, and y1 y2, as givens
+    beta1, beta2, alpha = 0.3, 0.7, 10.0
+    if stage == "1b":
+        value = (before3 * (p3 @ R - beta1 * kl3)).sum() - beta2 * (before2 @ kl2 + kl1)
+    else:
+        paid2 = R[None, :] + alpha * (R[None, :] - R[:, None])  # (y1, y2), and (y2, y3)
+        value = p1 @ R - beta1 * kl1 + before2 @ ((p2 * paid2).sum(1) - beta1 * kl2)
+        value = value + (before3 * ((p3 * paid2[None]).sum(2) - beta1 * kl3)).sum()
+    expected = torch.autograd.grad(value, policy, retain_graph=True)
+
+    a, b, c = ROLLOUTS.T
+    logp = [ours[0][a], ours[1][a, b], ours[2][a, b, c]]
+    kl = [
+        kl_divergence(ours[0], its[0]).expand(27),
+        kl_divergence(ours[1], its[1])[a],
+        kl_divergence(ours[2], its[2])[a, b],
+    ]
+    pairs = torch.cartesian_prod(torch.arange(27), torch.arange(27))
+    rows, probability = pairs.flatten(), sum(logp).exp().detach()[pairs].prod(dim=1)
+    y = []
+    for i in range(3):
+        r = R[ROLLOUTS[rows, i]]
+        y.append(AttemptBatch(r, leave_one_out(r, k), logp[i][rows, None], kl[i][rows, None]))
+    objective = STAGES[stage].objective(y, Config(beta1=beta1, alpha=alpha, beta2=beta2))
+    actual = torch.autograd.grad(probability @ objective.view(-1, k).mean(dim=1), policy)
+    return expected, actual
+
+
+@pytest.mark.parametrize("stage", ["1b", "2"])
+def test_the_gradient_with_three_attempts_is_that_of_the_equations(stage):
+    for one, two in zip(*three_attempts(stage), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-9)
+        assert one.abs().max() > 1e-3
+
+
+def test_beta2_follows_the_ratio_of_reward_and_kl_by_a_tenth_a_step_within_bounds():
+    cfg = Config(beta2=0.1)
+    for beta2, advantage, kl, expected in (
+        (0.1, 0.21, 2.0, 0.105),  # 0.105 x 2.0 = 0.21: of one size
+        (0.1, 0.5, 2.0, 0.11),  # wanted 0.25: a tenth more
+        (0.1, 0.1, 2.0, 0.1 / 1.1),  # wanted 0.05
+        (0.1, 0.3, 0.0, 0.11),  # a policy that is still the base
+        (0.99, 0.5, 0.01, 1.0),  # ten times the flag's
+        (0.0105, 0.0, 2.0, 0.01),
+    ):
+        line = {"stage": "1", "advantage": advantage, "kl_t1": kl, "kl_t2": 99.0}
+        assert adapted_beta2(beta2, line, cfg) == pytest.approx(expected)
+        both = {**line, "stage": "1b", "kl_t1": kl / 4, "kl_t2": 3 * kl / 4, "kl_t3": 99.0}
+        assert adapted_beta2(beta2, both, cfg) == pytest.approx(expected)

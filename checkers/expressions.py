@@ -18,7 +18,6 @@ from functools import cache
 from zlib import crc32
 
 from mpmath import MPContext, libmp  # comes with sympy
-from sympy import integer_nthroot
 
 MP = MPContext()
 MP.dps = 70
@@ -140,6 +139,8 @@ def exact_root(x: Fraction, degree: int) -> Fraction | None:
         return x
     if degree > 100 or (x < 0 and degree % 2 == 0):
         return None
+    from sympy import integer_nthroot  # slow to import: --help does not wait for it
+
     roots = [integer_nthroot(n, degree) for n in (abs(x.numerator), x.denominator)]
     if not all(is_exact for _, is_exact in roots):
         return None

@@ -7,8 +7,7 @@ r"""What does an answer say? It is read into a structure of values, and two of t
 
 An answer is a value, word, list, tuple, set of real numbers, matrix, number in a base, ratio,
 equation or inequality. `read` finds the structure by what stands outermost, `same` compares two.
-What cannot be read raises `Unreadable`.
-Next to read: wire.py.
+What cannot be read raises `Unreadable`. Next to read: expressions.py.
 """
 
 import math
@@ -16,34 +15,9 @@ import re
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from expressions import (
-    GREEK,
-    HALF,
-    ONE,
-    Number,
-    Unreadable,
-    add,
-    below,
-    divide,
-    equal,
-    inexact,
-    is_real,
-    multiply,
-    read_value,
-    read_values,
-    size,
-)
-from spelling import (
-    NOUNS,
-    OPENING,
-    SCALES,
-    TWISTS,
-    UNITS,
-    ZERO_TO_TWELVE,
-    closes,
-    depths,
-    tidy,
-)
+from checkers import expressions as expr
+from checkers.expressions import GREEK, ONE, Number, Unreadable, equal, read_value, read_values
+from checkers.spelling import NOUNS, NUMERALS, OPENING, SCALES, TWISTS, UNITS, closes, depths, tidy
 
 NESTED, LISTED, JOINED = 20, 32, 16  # brackets within brackets, items, intervals or sides
 
@@ -232,9 +206,8 @@ def read_bracketed(text: str, depth: int) -> Answer:
     items = tuple(read(part, depth) for part in parts)
     if any(item.marks == "±" for item in items):  # (±2, 0) is two points
         both = [[item.parts[i] if item.marks == "±" else item for item in items] for i in (0, 1)]
-        return Answer(
-            "list", tuple(Answer("tuple", tuple(i), marks=marks) for i in both), marks="±"
-        )
+        points = (Answer("tuple", tuple(items), marks=marks) for items in both)
+        return Answer("list", tuple(points), marks="±")
     if any(item.kind == "list" for item in items) or marks not in ("()", "[]", "(]", "[)"):
         raise Unreadable("no tuple")
     if len(parts) == 1:
@@ -253,7 +226,7 @@ def read_matrix(factor: str, body: str) -> Answer:
 
 
 def times(one: tuple, two: tuple) -> tuple:
-    return tuple(None if None in pair else multiply(*pair) for pair in aligned(one, two))
+    return tuple(None if None in pair else expr.multiply(*pair) for pair in aligned(one, two))
 
 
 def aligned(one: tuple, two: tuple) -> list[tuple]:
@@ -264,8 +237,8 @@ def aligned(one: tuple, two: tuple) -> list[tuple]:
 
 def read_base(digits: str, base: str) -> Answer | None:
     """1011_2, a plain number if the base is ten; None if these are no digits of that base."""
-    if base.lower() in ZERO_TO_TWELVE:
-        base = str(ZERO_TO_TWELVE.index(base.lower()))
+    if base.lower() in NUMERALS:
+        base = str(NUMERALS.index(base.lower()))
     if not base.isdecimal() or not 2 <= int(base[:3]) <= 36:
         return None
     if any(int(digit, 36) >= int(base) for digit in digits if digit.isalnum()):
@@ -305,7 +278,7 @@ def read_words(text: str, depth: int) -> Answer:
 def is_unit(words: list[str]) -> bool:
     """May these words stand behind a number or not?"""
     words = [word.rstrip("23^") for word in words if word.rstrip("23^")]
-    if not words or TWISTS & set(words) or set(ZERO_TO_TWELVE) & set(words) or len(words) > 4:
+    if not words or TWISTS & set(words) or set(NUMERALS) & set(words) or len(words) > 4:
         return False
     noun = words[-1] in UNITS or words[-1] in NOUNS or words[-1][-1:] == "s"
     return noun and all(word.isalpha() for word in words)
@@ -321,8 +294,8 @@ def phrase(text: str) -> Answer:
         return Answer("reals", ((-math.inf, False, math.inf, False),))
     if words == "infinity":
         return Answer("value", (math.inf,))
-    if words in ZERO_TO_TWELVE:
-        return read_number(str(ZERO_TO_TWELVE.index(words)))
+    if words in NUMERALS:
+        return read_number(str(NUMERALS.index(words)))
     return Answer("word", (words,))
 
 
@@ -367,8 +340,8 @@ def read_approximation(text: str, sides: tuple[str, ...], depth: int) -> Answer:
         return replace(read(near, depth), name=exact)
     if not re.fullmatch(r"-?\d*\.?\d+", near):
         raise Unreadable("no rounded number")
-    slack = HALF / 10 ** len(near.partition(".")[2])
-    if below(slack, size(add(constant(exact), -constant(near)))):
+    slack = expr.HALF / 10 ** len(near.partition(".")[2])
+    if expr.below(slack, expr.size(expr.add(constant(exact), -constant(near)))):
         raise Unreadable("two answers")
     return read(text.rpartition("≈")[0], depth)
 
@@ -499,7 +472,7 @@ def before(x, y) -> bool:
     """x < y, where either may be infinite."""
     if isinstance(x, float) or isinstance(y, float):
         return x != y and (x == -math.inf or y == math.inf)
-    return is_real(x) and is_real(y) and below(x, y)
+    return expr.is_real(x) and expr.is_real(y) and expr.below(x, y)
 
 
 def alike(x, y) -> bool:
@@ -554,7 +527,7 @@ def as_equation(answer: Answer) -> tuple:
 def quotient(answer: Answer) -> tuple:
     if answer.kind == "value":
         return answer.parts
-    return (divide(*answer.parts),) if len(answer.parts) == 2 else ()
+    return (expr.divide(*answer.parts),) if len(answer.parts) == 2 else ()
 
 
 def same_values(one: tuple, two: tuple) -> bool:
@@ -564,7 +537,7 @@ def same_values(one: tuple, two: tuple) -> bool:
     pairs = compared(aligned(one, two))
     if isinstance(one[0], float) or isinstance(two[0], float):
         return all(alike(x, y) for x, y in pairs)
-    with_reals = [pair for pair in pairs if any(map(is_real, pair))]
+    with_reals = [pair for pair in pairs if any(map(expr.is_real, pair))]
     return all(equal(x, y) for x, y in with_reals or pairs)
 
 
@@ -600,12 +573,10 @@ def same_matrix(one: Answer, two: Answer) -> bool:
 
 def same_reals(one: tuple, two: tuple) -> bool:
     """Do two unions of intervals hold the same of their ends, and of what lies between?"""
-    ends = [
-        end for low, _, high, _ in (*one, *two) for end in (low, high) if not isinstance(end, float)
-    ]
-    ends = sorted(ends, key=lambda x: float(inexact(x).real))
-    between = [multiply(HALF, add(x, y)) for x, y in pairwise(ends)]
-    beyond = [add(ends[0], -ONE), add(ends[-1], ONE)] if ends else [ONE]
+    ends = [x for low, _, high, _ in (*one, *two) for x in (low, high) if not isinstance(x, float)]
+    ends = sorted(ends, key=lambda x: float(expr.inexact(x).real))
+    between = [expr.multiply(expr.HALF, expr.add(x, y)) for x, y in pairwise(ends)]
+    beyond = [expr.add(ends[0], -ONE), expr.add(ends[-1], ONE)] if ends else [ONE]
     return all(holds(x, one) == holds(x, two) for x in (*ends, *between, *beyond))
 
 
@@ -614,7 +585,7 @@ def proportional(one: tuple, two: tuple) -> bool:
     if len(one) != len(two) or not one or one[0] == 0 or two[0] == 0:
         return False
     pairs = compared(zip(one, two, strict=True))
-    return all(equal(multiply(x, two[0]), multiply(y, one[0])) for x, y in pairs)
+    return all(equal(expr.multiply(x, two[0]), expr.multiply(y, one[0])) for x, y in pairs)
 
 
 def same_ratio(one: Answer, two: Answer) -> bool:
@@ -624,17 +595,12 @@ def same_ratio(one: Answer, two: Answer) -> bool:
 
 
 def same_inequality(one: Answer, two: Answer) -> bool:
-    factor = divide(one.parts[0], two.parts[0])
-    kept = one.marks == "≠" or (is_real(factor) and below(-factor, factor))  # the sign, by ×factor
+    factor = expr.divide(one.parts[0], two.parts[0])
+    # × factor keeps the sign
+    kept = one.marks == "≠" or (expr.is_real(factor) and expr.below(-factor, factor))
     return one.marks == two.marks and kept and proportional(one.parts, two.parts)
 
 
-COMPARISONS = {
-    "list": same_items,
-    "tuple": same_tuple,
-    "chain": same_tuple,
-    "matrix": same_matrix,
-    "base": lambda one, two: one.parts == two.parts,
-    "ratio": same_ratio,
-    "inequality": same_inequality,
-}
+COMPARISONS = {"list": same_items, "tuple": same_tuple, "chain": same_tuple, "matrix": same_matrix}
+COMPARISONS |= {"ratio": same_ratio, "inequality": same_inequality}
+COMPARISONS["base"] = lambda one, two: one.parts == two.parts

@@ -17,8 +17,8 @@ import pytest
 from rewards import final_answer, math_reward, same_answer
 from tasks import load_problems
 
-FILES = Path(__file__).parent / "math"
-MATH = Path(os.environ.get("REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
+FILES = Path(__file__).parents[1] / "math"
+MATH = Path(os.environ.get("REAL_DATA", Path(__file__).parents[3] / "shared" / "data"))
 with_math = pytest.mark.skipif(
     not (MATH / "math500.jsonl").exists(),
     reason="MATH's files are not here: name their folder in REAL_DATA to check the real golds",

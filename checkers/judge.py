@@ -4,7 +4,7 @@
     zygote     forked from the judge before it has seen a test; forks and ends candidates
     candidate  runs one program and answers, confined
 
-Next to read: sandbox.py, which starts this file as a script.
+sandbox.py starts this file as a script. Next to read: confine.py.
 """
 
 import ast
@@ -22,8 +22,8 @@ import types
 import warnings
 from functools import partial, partialmethod
 
-from confine import confine, die_with_parent, limit, read_only, seccomp_filter
-from wire import pack, receive, send, unpack
+from checkers.confine import confine, die_with_parent, limit, read_only, seccomp_filter
+from checkers.wire import pack, receive, send, unpack
 
 MEMORY, OPEN_FILES = 2**29, 32  # bytes, and file numbers, of a candidate and of a judge
 WALL = 2  # times the limit of CPU time: a program may have to wait for others
@@ -37,15 +37,9 @@ PRELOADED = (
 
 # --- 1. Candidate and zygote -------------------------------------------------------------------
 
-VERBS = {  # what a test can do to an object of the program
-    "call": lambda function, args, kwargs: function(*args, **kwargs),
-    "getattr": getattr,
-    "setattr": setattr,
-    "getitem": operator.getitem,
-    "iter": iter,
-    "len": len,
-    "bool": bool,
-}
+# What a test can do to an object of the program.
+VERBS = {"call": lambda function, args, kwargs: function(*args, **kwargs), "getattr": getattr}
+VERBS |= {"setattr": setattr, "getitem": operator.getitem, "iter": iter, "len": len, "bool": bool}
 
 
 def candidate(instructions: bytes | None, missing: str) -> None:
@@ -223,5 +217,5 @@ def judge() -> None:
 
 
 if __name__ == "__main__":
-    del sys.path[0]  # this folder is not for programs
+    del sys.path[0]  # this project is not for programs
     judge()

@@ -17,23 +17,24 @@ from pathlib import Path
 
 import pytest
 
-import confine
-import judge
-import sandbox
-import wire
+from checkers import confine, judge, sandbox, wire
 
 SQUARE = "def f(x):\n    return x * x\n"
 SQUARES = ["assert f(3) == 9", "assert f(5) == 25"]
 SECONDS = 1.0  # of programs that never end
-ROOT = Path(sandbox.__file__).parent
-SOURCES = ("sandbox", "judge", "confine", "wire", "sources")
+ROOT = Path(sandbox.__file__).parent.parent
+SOURCES = ["data.py", *(f"checkers/{n}.py" for n in ("sandbox", "judge", "confine", "wire"))]
+
+
+def run(program: str, tests: list[str], timeout: float = 3.0) -> bool:
+    return sandbox.run_many([(program, tests)], timeout)[0]
 
 
 def check(program: str, tests: list[str] | str = SQUARES, timeout: float = 20.0) -> bool:
     """The verdict on a program; whatever it did, a right one passes after it."""
     tests = [tests] if isinstance(tests, str) else tests
-    passed = sandbox.run(textwrap.dedent(program), tests, timeout)
-    assert sandbox.run(SQUARE, SQUARES)
+    passed = run(textwrap.dedent(program), tests, timeout)
+    assert run(SQUARE, SQUARES)
     return passed
 
 
@@ -158,7 +159,7 @@ def test_state_lasts_from_call_to_call_but_not_from_program_to_program():
 
 def test_tests_that_are_no_python_are_an_error_and_never_a_verdict():
     with pytest.raises(SyntaxError, match="the tests are no Python"):
-        sandbox.run(SQUARE, ["assert f(3 == 9"])
+        run(SQUARE, ["assert f(3 == 9"])
 
 
 def test_many_verdicts_come_in_the_order_of_the_programs():
@@ -398,8 +399,8 @@ def test_no_program_poisons_the_next_one():
     """
     clean = "import math, string\ndef f(x): return [len(x), math.sqrt(4.0), string.digits[:2]]"
     for _ in range(sandbox.WORKERS):
-        sandbox.run(textwrap.dedent(poison), SQUARES)
-        assert sandbox.run(clean, ["assert f('abc') == [3, 2.0, '01']"])
+        run(textwrap.dedent(poison), SQUARES)
+        assert run(clean, ["assert f('abc') == [3, 2.0, '01']"])
 
 
 def test_secrets_of_the_environment_stay_here(monkeypatch):
@@ -446,25 +447,27 @@ def test_a_right_program_passes_beside_endless_loops():
 def test_the_limit_is_of_cpu_time_and_twice_that_for_one_that_sleeps():
     for wait, least, most in (("while True: pass", 1, 2), ("__import__('time').sleep(60)", 2, 12)):
         began = time.monotonic()
-        assert not sandbox.run(f"def f(x):\n    {wait}", SQUARES, SECONDS)
+        assert not run(f"def f(x):\n    {wait}", SQUARES, SECONDS)
         assert least * 0.9 < time.monotonic() - began < most + 10
     nap = "import time\ndef f(x):\n    time.sleep(1.3)\n    return x * x"
-    assert sandbox.run(nap, SQUARES[:1], SECONDS)
+    assert run(nap, SQUARES[:1], SECONDS)
 
 
 def run_changed(folder: Path, old: str, new: str, code: str):
     """Run code with a sandbox in which one text is another."""
-    sources = {name: (ROOT / f"{name}.py").read_text() for name in SOURCES}
+    sources = {name: (ROOT / name).read_text() for name in SOURCES}
     assert sum(old in text for text in sources.values()) == 1
+    (folder / "checkers").mkdir()
+    (folder / "checkers" / "__init__.py").touch()
     for name, text in sources.items():
-        (folder / f"{name}.py").write_text(text.replace(old, new))
-    code = f"import sys\nsys.path.insert(0, {str(folder)!r})\nimport sandbox\n{code}"
+        (folder / name).write_text(text.replace(old, new))
+    code = f"import sys\nsys.path.insert(0, {str(folder)!r})\nfrom checkers import sandbox\n{code}"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
 
 def test_an_endless_loop_ends_when_its_cpu_time_is_used_up(tmp_path):
     began = time.monotonic()
-    code = f"print(sandbox.run('while True: pass', {SQUARES!r}, 1.0))"
+    code = f"print(sandbox.run_many([('while True: pass', {SQUARES!r})], 1.0)[0])"
     assert run_changed(tmp_path, "WALL = 2 ", "WALL = 60 ", code).stdout == "False\n"
     assert time.monotonic() - began < 40
 
@@ -500,7 +503,7 @@ def test_packages_beside_the_standard_library_cannot_be_read(tmp_path):
     code = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-import confine
+from checkers import confine
 print(confine.read_only([sys.argv[2]], hidden="-packages"))
 for name in ("module.py", "package/inner.py", "site-packages/human_eval.py"):
     try:
@@ -529,7 +532,7 @@ def test_a_fork_of_the_trainer_leaves_its_judges_alone():
     code = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-import sandbox
+from checkers import sandbox
 jobs = [({SQUARE!r}, {SQUARES!r})] * 20
 assert all(sandbox.run_many(jobs))
 if os.fork() == 0:
@@ -545,18 +548,18 @@ def test_signals_that_the_trainer_ignores_or_blocks_change_no_verdict():
     code = f"""
 import signal, sys
 sys.path.insert(0, {str(ROOT)!r})
-import sandbox
+from checkers import sandbox
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
 nap = "import time\\ndef f(x): time.sleep(60)"
-print(sandbox.run({SQUARE!r}, {SQUARES!r}), sandbox.run(nap, {SQUARES!r}, 0.5))
+print(*sandbox.run_many([({SQUARE!r}, {SQUARES!r})]), *sandbox.run_many([(nap, {SQUARES!r})], 0.5))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "True False\n", done.stderr
 
 
 def test_a_dead_judge_is_replaced_and_its_program_judged_again():
-    assert sandbox.run(SQUARE, SQUARES)
+    assert run(SQUARE, SQUARES)
     for idle in sandbox.IDLE:
         os.kill(idle.process.pid, signal.SIGKILL)
     assert sandbox.run_many([(SQUARE, SQUARES)] * 40) == [True] * 40
@@ -573,8 +576,8 @@ def test_a_judge_that_hangs_over_what_it_was_given_is_replaced(monkeypatch):
 TRAINER = """
 import sys
 sys.path.insert(0, {root!r})
-import sandbox
-sandbox.run("def f(x): return x", ["assert f(1) == 1"])
+from checkers import sandbox
+sandbox.run_many([("def f(x): return x", ["assert f(1) == 1"])])
 print("ready", flush=True)
 sandbox.run_many([("def f(x): return max(iter(int, 1))", ["f(1)"])] * 4, 2.0)
 """
@@ -617,14 +620,14 @@ def test_a_sandbox_that_errs_is_an_exception_and_never_a_verdict(monkeypatch):
     broken = [(sandbox.GOOD, "assert f('a') == 1", True), *sandbox.CHECKS[1:]]
     monkeypatch.setattr(sandbox, "CHECKS", broken)
     with pytest.raises(sandbox.SandboxError, match="does not work here"):
-        sandbox.run(SQUARE, SQUARES)
+        run(SQUARE, SQUARES)
 
 
 def test_a_judge_that_cannot_start_is_an_exception(monkeypatch):
     sandbox.close()
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(sandbox.SandboxError, match="does not work here"):
-        sandbox.run(SQUARE, SQUARES)
+        run(SQUARE, SQUARES)
 
 
 @pytest.mark.parametrize(

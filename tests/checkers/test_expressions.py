@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from expressions import MP, SIZES, Unreadable, equal, read_value, read_values
+from checkers.expressions import MP, SIZES, Unreadable, equal, read_value, read_values
 
 
 @pytest.mark.parametrize(

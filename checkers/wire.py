@@ -3,7 +3,7 @@
     (1, {2: "a"})   ->   ["tuple", [1, ["dict", [[2, "a"]]]]]
 
 Neither pickle nor code: whatever the program sends, the judge makes values of the types below from
-it, whose methods and whose equality are Python's own. Next to read: confine.py.
+it, whose methods and whose equality are Python's own. Next to read: models.py.
 """
 
 import collections

@@ -6,13 +6,13 @@ r"""How is an answer spelt? LaTeX, ASCII and Unicode are brought to one spelling
 
 Words become «words», "and" a comma, "or" ∨, the end of a matrix row ¶, \setminus ∖, and the braces
 of a set ⦃ ⦄, so that answers.py can tell them from variables, exponents and groups. What a model
-writes with these signs itself becomes \unknown, and is not read. Next to read: answers.py.
+writes with these signs itself becomes \unknown, and is not read. Next to read: sandbox.py.
 """
 
 import re
 from itertools import accumulate
 
-from expressions import FUNCTIONS
+from checkers.expressions import FUNCTIONS
 
 END = r"(?![a-zA-Z])"  # of a command
 RAISED, LOWERED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹]+"), str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
@@ -106,7 +106,7 @@ UNITS = {
     for spelling in names.split()
 }  # fmt: skip
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-ZERO_TO_TWELVE = "zero one two three four five six seven eight nine ten eleven twelve".split()
+NUMERALS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 # Words that may stand behind a number or not: known units, nouns in the plural, and these. But with
 # a twist among them the number is not what it was.
 NOUNS = set(

@@ -11,17 +11,13 @@ zygote is forked before the first test is there, and has nothing to give away.
 
 Covered on Linux (x86-64, ARM64), as root and as user: a candidate can compute, sleep, and read the
 clock, the standard library and its socket (confine.py), in half a GB, until it is killed at the
-time limit. It leaves nothing behind: no process, no file, no trace in the next program. A judge
-that hangs or dies over what a program gave it is replaced.
+time limit. It leaves nothing behind. A judge that a program makes hang or die is replaced.
 
-Not covered: holes in the kernel or in Python's JSON, and load: a program may use its time and
-memory, and a right one that takes seconds may fail beside many such on few cores. Elsewhere, as on
-macOS, the judge is as blind to lies, but a program can reach files, network and processes of its
-user, and could so attack the judge itself; that is said once, on stderr. A program that has seen
-its tests, as MBPP shows them, can list their answers: no sandbox helps against that.
-
-Arguments are copies: no test sees them changed. The rest is in wire.py (the data), confine.py (what
-a process may do) and judge.py (judge, zygote, candidate). Next to read: rewards.py.
+Not covered: holes in the kernel or in Python's JSON, and load: a right program that takes seconds
+may fail beside many such on few cores. Elsewhere, as on macOS, the judge is as blind to lies, but a
+program can reach files, network and processes of its user, the judge too; that is said once, on
+stderr. A program that has seen its tests, as MBPP shows them, can list their answers. Arguments
+are copies: no test sees them changed. Next to read: judge.py (judge, zygote, candidate).
 """
 
 import atexit
@@ -36,9 +32,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from judge import WALL
-from sources import InputError
-from wire import receive, send
+from checkers.judge import WALL
+from checkers.wire import receive, send
+from data import InputError
 
 # More than cores, since an endless loop blocks one to its end; processes of torchrun share cores.
 CORES = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -63,14 +59,14 @@ class Judge:
     """A judge's process; raises SandboxError if it errs on the CHECKS."""
 
     def __init__(self):
-        script = str(Path(__file__).with_name("judge.py"))
         environment = {"PYTHONHASHSEED": "0"}  # else sets of texts have another order each time
         environment |= {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
         try:
             self.channel, theirs = socket.socketpair()
             with theirs:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-s", "-S", "-B", script],
+                    [sys.executable, "-s", "-S", "-B", "-m", "checkers.judge"],
+                    cwd=Path(__file__).parent.parent,  # where it finds its neighbours
                     stdin=theirs,
                     stdout=subprocess.DEVNULL,
                     env=environment,
@@ -152,17 +148,12 @@ def judged(program: str, tests: list[str], timeout: float) -> bool:
     return False
 
 
-def run(program: str, tests: list[str], timeout: float = 3.0) -> bool:
-    """Does a program pass all its tests in `timeout` seconds of CPU time, and twice that in all?
-
-    tests: sources that are run one after the other in one namespace, such as MBPP's asserts, or
-    HumanEval's check function and a call of it. Raises SandboxError where no verdict can be had,
-    and SyntaxError for tests that are no Python.
-    """
-    return run_many([(program, tests)], timeout)[0]
-
-
 def run_many(jobs: list[tuple[str, list[str]]], timeout: float = 3.0) -> list[bool]:
-    """`run` of many (program, tests), WORKERS at a time, in their order."""
+    """Does each program pass all its tests in `timeout` seconds of CPU time, twice that in all?
+
+    jobs: (program, tests), of which WORKERS run at a time. Tests are sources that are run one after
+    the other in one namespace, as MBPP's asserts, or HumanEval's check function and a call of it.
+    Raises SandboxError where no verdict can be had, SyntaxError for tests that are no Python.
+    """
     with ThreadPoolExecutor(WORKERS) as pool:
         return list(pool.map(lambda job: judged(*job, timeout), jobs))

@@ -5,7 +5,7 @@
 
 Both are for good, and hold for children, native code and root. There is no way to open a socket or
 a file for writing, to start a process or thread, or to signal one: what is not listed fails with
-EPERM. Linux on x86-64 and ARM64; elsewhere both return False. Next to read: judge.py.
+EPERM. Linux on x86-64 and ARM64; elsewhere both return False. Next to read: wire.py.
 """
 
 import contextlib

@@ -1,0 +1,235 @@
+"""What a run is told: the flags of score.py and eval.py, and what makes a stage.
+
+All modules may import this one. It loads neither torch nor transformers, so --help and a mistyped
+flag are answered at once. Next to read: learner.py.
+"""
+
+import argparse
+import contextlib
+import io
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+from data import InputError
+from tasks import ATTEMPT_FLAGS, TASKS, check_task, settings_of
+
+COLDEST = 0.01  # temperature: what is divided by less may not be finite
+VOTES_TEMPERATURE = 0.7  # section 6.2
+
+# --- 1. Settings of a run ----------------------------------------------------------------------
+
+
+def flag(default, words: str):
+    """A setting: its default, what it is and where it comes from."""
+    return field(default=default, metadata={"help": words})
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run. Defaults are the built-in task's; other tasks set theirs in TASKS."""
+
+    stage: str = flag("1,2", "in order, such as 1 or 1,2,1,2; others: 0 1b star star+ pair pair+")
+    model: str = flag("builtin", "base: builtin, folder or hub name")
+    init: str = flag("", "checkpoint from which the policy starts (default: the base model)")
+    task: str = flag("sums", "what to learn: sums, math or code")
+    data: str = flag("", "folder of the task's JSONL files, not the Hugging Face hub")
+    ids: str = flag("", "of MBPP's problems to train on; NOT STATED")
+    out: str = flag("runs/sums", "run folder")
+    seed: int = flag(0, "random seed for base model, data order and sampling")
+    steps1: int = flag(300, "updates in stages 0, 1, 1b; Table 8: 3000 in all, split NOT STATED")
+    steps2: int = flag(50, "updates in Stage II, and in one of star or pair")
+    attempts: int = flag(2, "attempts at a problem in Stage II; 3 goes with --stage 1,1b,2")
+    batch: int = flag(
+        256, "episodes per step, k per problem; Table 8: 512, whether episodes is NOT STATED"
+    )
+    k: int = flag(8, "samples per problem, at least 2; NOT STATED, RLOO's paper: 2 and 4")
+    lr: float = flag(2.5e-4, "Adam's rate; Table 8: 5e-6, a small model takes more")
+    alpha: float = flag(10.0, "weight of the bonus; Table 8")
+    beta1: float = flag(0.01, "weight of the ordinary KL; Table 8")
+    beta2: float = flag(0.1, "weight of Stage I's KL on attempt 1; Table 8")
+    adaptive_beta2: bool = flag(False, "beta2 follows the size of its KL; rule NOT STATED")
+    temperature: float = flag(1.0, "of the policy, sampled and scored alike; Table 8")
+    offline: float = flag(0.0, "share of problems whose attempt 1 is the base's (section 5.3)")
+    clip: float = flag(1.0, "largest gradient norm; NOT STATED, 1 is the custom")
+    max_new_tokens: int = flag(10, "of one attempt; NOT STATED, a sum needs 9")
+    precision: str = flag("float32", "of the policy; bfloat16 has float32 masters")
+    rows: int = flag(500, "episodes sampled side by side: memory, not the result")
+    micro_tokens: int = flag(16384, "tokens per forward pass: memory, not the result")
+    recompute: int = flag(0, "1: compute activations again in backward, to hold fewer")
+    save_every: int = flag(25, "steps between saves; the best of them is the stage's checkpoint")
+    show_every: int = flag(25, "steps between transcripts in samples.txt")
+    problems: int = flag(2000, "held-out problems in the table at the end")
+    resume: bool = flag(False, "go on with the interrupted run in --out")
+
+
+def configure(typed: dict) -> Config:
+    """The settings of a task, with those that were typed."""
+    return Config(**{**settings_of(typed.get("task", Config.task)), **typed})
+
+
+# --- 2. Stages ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """All that tells one stage from another; score.py has a table of them.
+
+    objective(y, cfg): to be maximised, for the attempts y of B episodes and the settings; (B,).
+    "before": the checkpoint of the stage before it in --stage, at first --init or the base model.
+    learns_from(episodes, k, seed): other episodes, made of those sampled; they have no baseline.
+    selected_by: which attempt's accuracy selects the checkpoint (an index); None: the last step's.
+    """
+
+    name: str  # in --stage
+    folder: str  # of its checkpoint
+    title: str  # in pictures
+    objective: Callable
+    steps: str  # the flag that says how many updates it makes
+    attempts: int | None = None  # in an episode; None: --attempts
+    reference: str = "base"  # frozen, of the KL: "base" or "before"
+    sampler: str = "policy"  # who attempts: "policy" or "before"
+    learns_from: Callable | None = None
+    selected_by: int | None = -1
+    restarts: bool = False  # repeated, the policy begins anew; only the sampler goes on
+    follows: str = ""  # the stage that must come before it
+    has_beta2: bool = False  # so that --adaptive-beta2 changes it
+    allows: tuple[str, ...] = ()  # of --attempts above 2 and --offline, those that it goes with
+
+
+def plan_of(names: str, stages: dict[str, Stage]) -> list[Stage]:
+    """The stages of "1,2,1" in order; a repeated one has a folder of its own, stage1-2."""
+    plan: list[Stage] = []
+    for name in map(str.strip, names.split(",")):
+        if name not in stages:
+            raise InputError(f"--stage {names} is unknown: name some of {', '.join(stages)}")
+        repeated = sum(stage.name == name for stage in plan)
+        suffix = f"-{repeated + 1}" if repeated else ""
+        plan.append(replace(stages[name], folder=stages[name].folder + suffix))
+    return plan
+
+
+# --- 3. Checks ---------------------------------------------------------------------------------
+
+
+def check_settings(cfg: Config, plan: list[Stage]) -> None:
+    """Raise InputError for a setting that cannot work, before anything is written."""
+    check_task(cfg.task, data=cfg.data, ids=cfg.ids)
+    check_plan(cfg, plan)
+    positive = ("steps1", "steps2", "batch", "lr", "clip", "max_new_tokens", "temperature")
+    for name in (*positive, "rows", "micro_tokens", "save_every", "show_every", "problems"):
+        if not 0 < getattr(cfg, name) < math.inf:
+            raise InputError(f"{as_flag(name)} {getattr(cfg, name)} must be positive and finite")
+    if cfg.temperature < COLDEST:
+        raise InputError(f"--temperature {cfg.temperature} is too low: give {COLDEST} or more")
+    if abs(cfg.seed) >= 2**63:
+        raise InputError(f"--seed {cfg.seed} is too large: give less than 2**63")
+    for name in ("alpha", "beta1", "beta2"):
+        if not 0 <= getattr(cfg, name) < math.inf:
+            raise InputError(f"{as_flag(name)} {getattr(cfg, name)} must be 0 or more, and finite")
+    if cfg.k < 2:
+        raise InputError(f"--k {cfg.k} leaves no sibling for the baseline: give 2 or more")
+    if cfg.batch % cfg.k:
+        raise InputError(f"--batch {cfg.batch} is not divisible by --k {cfg.k}: change one of them")
+    if not 0 <= cfg.offline <= 1:
+        raise InputError(f"--offline {cfg.offline} is a share of the problems: give 0 to 1")
+    check_precision(cfg.precision)
+    if cfg.recompute not in (0, 1):
+        raise InputError(f"--recompute {cfg.recompute} must be 0 or 1")
+    if cfg.model == "builtin" and cfg.task != "sums":
+        raise InputError(f"--model builtin can only add: name a model for --task {cfg.task}")
+
+
+def check_plan(cfg: Config, plan: list[Stage]) -> None:
+    """Raise InputError for a setting that does not go with the stages."""
+    least = max(stage.attempts or 2 for stage in plan)
+    if cfg.attempts < least:
+        raise InputError(f"--attempts {cfg.attempts} is too few: --stage {cfg.stage} needs {least}")
+    for name, given in (("attempts", cfg.attempts > 2), ("offline", cfg.offline > 0)):
+        others = [stage.name for stage in plan if given and name not in stage.allows]
+        if others:
+            value = getattr(cfg, name)
+            raise InputError(f"--{name} {value} is not for --stage {others[0]}: leave it out")
+    if cfg.adaptive_beta2 and not (cfg.beta2 and any(stage.has_beta2 for stage in plan)):
+        raise InputError("--adaptive-beta2 is for Stage I with a --beta2 above 0: leave it out")
+
+
+def check_precision(precision: str) -> None:
+    """Raise InputError for a precision that there is not."""
+    if precision not in ("float32", "bfloat16"):
+        raise InputError(f"--precision {precision} is unknown: choose float32 or bfloat16")
+
+
+# --- 4. Command lines --------------------------------------------------------------------------
+
+
+def exit_early(script: str, parse: Callable, words: str) -> None:
+    """Answer --help and mistyped flags, and let Ctrl-C end the imports to come without a word."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    first = int(os.environ.get("RANK") or 0) == 0  # of torchrun's processes one tells
+    try:
+        with contextlib.redirect_stdout(sys.stdout if first else io.StringIO()):
+            parse(words)
+    except InputError as error:
+        if first:
+            print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def as_flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def reject(message: str) -> None:
+    """argparse's errors as one sentence."""
+    raise InputError(message)
+
+
+def parse_train_flags(words: str, argv: list[str] | None = None) -> dict:
+    """The flags of score.py that were given, by name; defaults are left to Config."""
+    parser = argparse.ArgumentParser(description=words.partition("\n")[0], allow_abbrev=False)
+    parser.error = reject
+    for item in fields(Config):
+        others = {task: settings_of(task).get(item.name, item.default) for task in TASKS}
+        of_task = "".join(f", {task}: {x}" for task, x in others.items() if x != item.default)
+        default = "none" if item.default == "" else item.default
+        text = f"{item.metadata['help']} (default: {default}{of_task})".replace("%", "%%")
+        kind = {"action": "store_true"} if item.default is False else {"type": type(item.default)}
+        parser.add_argument(as_flag(item.name), default=argparse.SUPPRESS, help=text, **kind)
+    return vars(parser.parse_args(argv))
+
+
+def parse_eval_flags(words: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """All flags of eval.py."""
+    parser = argparse.ArgumentParser(description=words.partition("\n")[0])
+    parser.add_argument("--model", help="checkpoint folder, or name on the Hugging Face hub")
+    parser.add_argument("--task", default="sums", help=" or ".join(TASKS))
+    parser.add_argument("--data", default="", help="folder of the task's JSONL files, not the hub")
+    parser.add_argument("--split", default="test", help="of the problems; code: test or mbpp")
+    words = "correct given wrong first attempts: of a JSONL file, or (without FILE) of the base"
+    parser.add_argument("--repair", nargs="?", const="", metavar="FILE", help=words)
+    words = f"votes of 2, 4 .. 2 SAMPLES, at temperature {VOTES_TEMPERATURE} unless that is given"
+    parser.add_argument("--samples", type=int, default=0, help=words)
+    words = "Self-Refine: ask for feedback on attempt 1, and then for attempt 2"
+    parser.add_argument("--refine", action="store_true", help=words)
+    parser.add_argument("--attempts", type=int, default=2)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    for name, words in ATTEMPT_FLAGS.items():
+        usual = {task: getattr(TASKS[task], name) for task in TASKS}
+        text = f"{words} ({', '.join(f'{task}: {value}' for task, value in usual.items())})"
+        parser.add_argument(as_flag(name), type=type(usual["sums"]), help=text)
+    parser.add_argument("--seed", default="eval", help="of sampling, at a temperature above 0")
+    parser.add_argument("--out", type=Path, help="folder to write to (default: MODEL/eval)")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw a run or an evaluation")
+    parser.error = reject
+    args = parser.parse_args(argv)
+    for name in ATTEMPT_FLAGS:
+        if getattr(args, name) is None:
+            setattr(args, name, settings_of(args.task).get(name))
+    if args.samples and args.temperature == 0:
+        args.temperature = VOTES_TEMPERATURE
+    return args
