@@ -80,7 +80,7 @@ class Stage:
     """All that tells one stage from another; score.py has a table of them.
 
     objective(y, cfg): to be maximised, for the attempts y of B episodes and the settings; (B,).
-    "before": the checkpoint of the stage before it in --stage, at first --init or the base model.
+    reference, sampler: "before" is the checkpoint of the stage before it, --init or the base model.
     learns_from(episodes, k, seed): other episodes, made of those sampled; they have no baseline.
     selected_by: which attempt's accuracy selects the checkpoint (an index); None: the last step's.
     """
@@ -170,7 +170,7 @@ def check_precision(precision: str) -> None:
 def exit_early(script: str, parse: Callable, words: str) -> None:
     """Answer --help and mistyped flags, and let Ctrl-C end the imports to come without a word."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    first = int(os.environ.get("RANK") or 0) == 0  # of torchrun's processes one tells
+    first = "TORCHELASTIC_RUN_ID" not in os.environ or not int(os.environ["RANK"])  # one tells
     try:
         with contextlib.redirect_stdout(sys.stdout if first else io.StringIO()):
             parse(words)

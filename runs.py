@@ -202,6 +202,7 @@ def settings_to_follow(folder: Path, typed: dict, stages: dict[str, Stage]) -> d
     for name in ("model", "task"):
         if typed.get(name, settings[name]) != settings[name]:
             raise InputError(f"--{name} must stay that of the run in {folder}: leave it out")
+    settings["out"] = str(folder)  # it may have been moved
     return {name: value for name, value in settings.items() if name not in ("stage", "init")}
 
 

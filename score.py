@@ -272,7 +272,7 @@ def log_probs_and_kl(learner: Learner, tokens: torch.Tensor, attempt_ids: torch.
 
 
 def update(learner: Learner, episodes: list[Episode], stage: Stage, beta2: float) -> dict:
-    """One Adam step on a batch of fresh episodes; returns KL, gradient norm and on-policy gap."""
+    """One Adam step on a batch of episodes; returns KL, advantage, gradient norm, on-policy gap."""
     if not episodes:  # no attempt 2 in this batch is right
         return dict.fromkeys(("kl_t1", "kl_t2", "advantage", "grad_norm", "on_policy_gap"), 0.0)
     cfg, policy, device = replace(learner.cfg, beta2=beta2), learner.policy, learner.policy.device
@@ -324,16 +324,17 @@ def train(learner: Learner, run: Run, progress: Progress) -> None:
         with tqdm(total=steps, initial=progress.step, desc=stage.folder, unit="step") as bar:
             while progress.step < steps:
                 line = one_step(learner, run, progress, stage)
-                run.signal = max(ranks.all_gather([run.signal]))  # for all, if one was told to stop
+                told = max(ranks.all_gather([run.signal]))  # one that is told to stop stops all
                 bar.update()
                 bar.set_postfix({key: f"{line[key]:.2f}" for key in ("acc_t1", "acc_t2", "copied")})
                 window_full, last = progress.step % cfg.save_every == 0, progress.step == steps
                 # the reward of a short last window is too noisy to choose by
                 if window_full or (last and (steps < cfg.save_every or stage.selected_by is None)):
                     keep_best(learner, run, progress, stage)
-                if window_full or last or run.signal:
+                if window_full or last or told:
                     save_training(learner, run, progress)
-                if run.signal:
+                if told:
+                    run.signal = told
                     return
         run.write_results(stage.folder, leave_stage(learner, run.folder / stage.folder))
         progress.index, progress.step, progress.best = progress.index + 1, 0, -1.0

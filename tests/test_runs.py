@@ -259,6 +259,29 @@ def test_two_commands_never_write_to_one_folder(checkpoint, tmp_path, capsys):
     assert run_score("--model", checkpoint, "--out", out, *SMALL, "--stage", "1") == 0
 
 
+def test_stage_2_goes_on_in_a_folder_that_was_moved(checkpoint, tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    assert run_score("--model", checkpoint, "--out", old, "--stage", "1", *SMALL) == 0
+    old.rename(new)
+    assert run_score("--stage", "2", "--out", new) == 0
+    assert json.loads((new / "config.json").read_text())["settings"]["out"] == str(new)
+    assert not old.exists()
+
+
+def test_a_signal_during_the_exchange_of_signals_is_not_lost(checkpoint, tmp_path, monkeypatch):
+    all_gather, out = ranks.all_gather, tmp_path / "run"
+
+    def interrupted(items):
+        found = all_gather(items)
+        if items == [0] and len((out / "metrics.jsonl").read_text().splitlines()) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(ranks, "all_gather", interrupted)
+    assert run_score("--model", checkpoint, "--out", out, *SMALL) == 0
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
+
+
 def test_stages_may_repeat(checkpoint, tmp_path):
     plan = [(stage.name, stage.folder) for stage in plan_of("1,2,1", STAGES)]
     assert plan == [("1", "stage1"), ("2", "stage2"), ("1", "stage1-2")]
