@@ -98,7 +98,7 @@ class Stage:
     restarts: bool = False  # repeated, the policy begins anew; only the sampler goes on
     follows: str = ""  # the stage that must come before it
     has_beta2: bool = False  # so that --adaptive-beta2 changes it
-    allows: tuple[str, ...] = ()  # of --attempts above 2 and --offline, those that it goes with
+    allows: tuple[str, ...] = ()  # which of --attempts above 2, --offline may be given
 
 
 def plan_of(names: str, stages: dict[str, Stage]) -> list[Stage]:
@@ -168,9 +168,9 @@ def check_precision(precision: str) -> None:
 
 
 def exit_early(script: str, parse: Callable, words: str) -> None:
-    """Answer --help and mistyped flags, and let Ctrl-C end the imports to come without a word."""
+    """Answer --help and mistyped flags, and let Ctrl-C end the imports without a traceback."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    first = "TORCHELASTIC_RUN_ID" not in os.environ or not int(os.environ["RANK"])  # one tells
+    first = "TORCHELASTIC_RUN_ID" not in os.environ or not int(os.environ["RANK"])  # prints
     try:
         with contextlib.redirect_stdout(sys.stdout if first else io.StringIO()):
             parse(words)

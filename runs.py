@@ -251,7 +251,7 @@ def reopen_run(typed: dict, stages: dict[str, Stage]) -> tuple:
     check_task(cfg.task)
     run, where = read_run(folder)
     if (begun := where["stage"]) != cfg.stage:
-        raise InputError(f"{folder}: killed before --stage {begun} began, so type that again")
+        raise InputError(f"--stage {begun} in {folder} was killed as it began: type it again")
     return cfg, plan_of(cfg.stage, stages), run, where
 
 

@@ -324,7 +324,7 @@ def train(learner: Learner, run: Run, progress: Progress) -> None:
         with tqdm(total=steps, initial=progress.step, desc=stage.folder, unit="step") as bar:
             while progress.step < steps:
                 line = one_step(learner, run, progress, stage)
-                told = max(ranks.all_gather([run.signal]))  # one that is told to stop stops all
+                told = max(ranks.all_gather([run.signal]))  # if one rank is to stop, all stop
                 bar.update()
                 bar.set_postfix({key: f"{line[key]:.2f}" for key in ("acc_t1", "acc_t2", "copied")})
                 window_full, last = progress.step % cfg.save_every == 0, progress.step == steps
@@ -389,7 +389,7 @@ def sample(learner: Learner, problems: list[Problem], stage: Stage, seed: str) -
 def keep_best(learner: Learner, run: Run, progress: Progress, stage: Stage) -> None:
     """Export the policy if its reward, over the steps since the last save, is the stage's best.
 
-    NOT IN PAPER: "highest training reward" is read as the selecting attempt's, so smoothed.
+    NOT IN PAPER: that is the reward of attempt `selected_by`, averaged over those steps.
     """
     since, reward = min(progress.step, learner.cfg.save_every), 0.0
     if stage.selected_by is not None:

@@ -7,7 +7,7 @@ make the same runs; compared are the lines of metrics.jsonl but for their second
 the results, and every tensor of every checkpoint and of the state to resume from.
 """
 
-import json
+import argparse
 import os
 import subprocess
 import sys
@@ -19,6 +19,11 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import ranks  # noqa: E402
+from runs import read_metrics  # noqa: E402
+
 SMALL = "--seed 3 --steps1 20 --steps2 10 --problems 200"
 RUNS = {
     "SCoRe": "",
@@ -38,16 +43,21 @@ def train(checkout: Path, flags: str, out: Path) -> None:
 
 def contents(run: Path) -> dict:
     """All that a run has made, by name: text as values, weights as tensors."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    lines = read_metrics(run / "metrics.jsonl")
     found = {f"step {line['step']}": {**line, "seconds": 0} for line in lines}
     for name in ("samples.txt", "results.json"):
         found[name] = (run / name).read_text("utf-8")
     for path in sorted(run.glob("*/model.safetensors")):
         found |= {f"{path.parent.name}: {name}": x for name, x in load_file(path).items()}
+    return found | {f"state: {name}": tensor for name, tensor in state_tensors(run).items()}
+
+
+def state_tensors(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a run's state by name, whatever number of processes wrote it."""
     saved = dcp.FileSystemReader(run / "state").read_metadata().state_dict_metadata
     tensors = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in saved.items()}
-    dcp.load(tensors, checkpoint_id=run / "state")
-    return found | {f"state: {name}": tensor for name, tensor in tensors.items()}
+    ranks.load_sharded(tensors, run / "state")
+    return tensors
 
 
 def differences(one: dict, two: dict) -> list[str]:
@@ -62,12 +72,16 @@ def differences(one: dict, two: dict) -> list[str]:
 
 
 def main() -> int:
-    """Print a line for each run; the exit status is 1 if anything differs."""
-    status = 0
+    """Print a line for each run; the exit status is 1 if anything differs, 2 for bad input."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("other", type=Path, help="another checkout")
+    other, status = parser.parse_args().other, 0
+    if not (other / "score.py").exists():
+        parser.error(f"{other} is no checkout: it has no score.py")
     for name, flags in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:
             outs = [Path(folder) / side for side in ("one", "other")]
-            for checkout, out in zip((ROOT, Path(sys.argv[1])), outs, strict=True):
+            for checkout, out in zip((ROOT, other), outs, strict=True):
                 train(checkout, flags, out)
             found = contents(outs[0])
             different = differences(found, contents(outs[1]))

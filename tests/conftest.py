@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)
 os.environ["HF_HUB_OFFLINE"] = "1"  # a missing model is missing at once
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks want two GPUs, or none
 
-import ranks
+from experiments.compare import state_tensors as read_state  # noqa: F401
 from models import save_checkpoint
 from sft import builtin_model, builtin_tokenizer
 from tasks import load_problems, read_chat
@@ -59,11 +58,3 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "random"
     save_checkpoint(folder, builtin_model(builtin_tokenizer(), seed=0), builtin_tokenizer())
     return folder
-
-
-def read_state(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a run's state by name, whatever number of processes wrote it."""
-    saved = dcp.FileSystemReader(folder / "state").read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in saved.items()}
-    ranks.load_sharded(tensors, folder / "state")
-    return tensors
