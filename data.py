@@ -1,12 +1,12 @@
 """What is asked: problems with their true answers, of three tasks.
 
-`sums`, built in, is column addition, most significant column first; here three of eight columns:
+`sums`, built in, is column addition, most significant column first; here three of nine columns:
 
     2+5 9+0 3+6 =        ->   7 9 9       (293 + 506)
     2+5 9+0 3+8 =        ->   8 0 1       (293 + 508: the carry runs through the nine)
 
 The first digit needs a carry that may come from far to the right. Attempt 1 has to see it coming;
-attempt 2 can read what attempt 1 wrote.
+attempt 2 can read what attempt 1 wrote. What the built-in base model makes of it: sft.py.
 
 `math` is MATH, 12,000 problems to train on and MATH500 to test on; `code` is MBPP to train on and
 HumanEval to test on (section 6 of the paper), from the hub or files. Next to read: rewards.py.
@@ -30,7 +30,7 @@ class InputError(Exception):
     """A mistake in a flag, a file or a model: shown as one sentence, exit status 2."""
 
 
-COLUMNS = 8  # of a sum; NOT IN PAPER, like all of the built-in task
+COLUMNS = 9  # of a sum; NOT IN PAPER, like all of the built-in task
 SHARE_OF_NINES = 0.5  # columns that add up to 9 pass a carry on, so carries run far
 
 

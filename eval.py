@@ -44,11 +44,11 @@ def vote(attempts: list[Attempt], task: str) -> float:
     """Is the answer that most attempts state the right one? Of equally many, the first stated."""
     groups: list[list[Attempt]] = []
     for attempt in attempts:
-        same = (group for group in groups if agree(group[0].text, attempt.text, task))
+        same = (group for group in groups if agree(group[0].stated, attempt.stated, task))
         group = next(same, None)
         if group is not None:
             group.append(attempt)
-        elif stated_answer(attempt.text, task) is not None:
+        elif attempt.stated is not None:
             groups.append([attempt])
     return max(groups, key=len)[0].reward if groups else 0.0
 
@@ -123,11 +123,13 @@ def given_episodes(
     problems: list[Problem], attempts: list[str], chat: Chat, longest: int
 ) -> list[Episode]:
     """Episodes of one task that begin with these attempts, less those of over `longest` tokens."""
-    rewards = TASKS[problems[0].task].rewards(attempts, problems)
+    task = problems[0].task
+    stated = [stated_answer(text, None, task) for text in attempts]
+    rewards = TASKS[task].rewards(stated, problems)
     episodes = []
-    for problem, text, right in zip(problems, attempts, rewards, strict=True):
+    for problem, text, says, right in zip(problems, attempts, stated, rewards, strict=True):
         tokens = [*chat.tokenizer(text, add_special_tokens=False).input_ids, chat.close_id]
-        attempt = Attempt(tokens, [0.0] * len(tokens), text, True, right)
+        attempt = Attempt(tokens, [0.0] * len(tokens), text, says, True, right)
         episodes.append(Episode(problem, chat.x1(problem), (attempt,)))
     kept = [e for e in episodes if len(e.attempts[0].tokens) <= longest]
     if len(kept) < len(episodes):

@@ -18,7 +18,7 @@ from config import Config, Stage
 from data import InputError, Problem
 from metrics import evaluate
 from runs import Progress, Run
-from sample import Sampling, askable
+from sample import Episode, Sampling, askable
 from sft import fit_builtin
 from tasks import Chat, load_problems, read_chat
 
@@ -49,7 +49,7 @@ def start_training(typed: dict, stages: dict[str, Stage]) -> tuple[Learner, Run,
     learner = build(cfg, plan, init, same_base)
     if not run.results:
         for name, temperature in (("base", 0.0), ("base, sampled", cfg.temperature)):
-            run.write_results(name, held_out(learner, learner.ref, temperature))
+            run.write_results(name, held_out(learner, learner.ref, temperature)[1])
     progress = Progress(beta2=cfg.beta2)
     save_training(learner, run, progress)
     runs.write_config(run, asdict(cfg))
@@ -143,8 +143,8 @@ def read_model(learner: Learner, checkpoint: str):
     return ranks.on_all_ranks(models.load_checkpoint, checkpoint, learner.cfg.precision)[0]
 
 
-def leave_stage(learner: Learner, checkpoint: Path) -> dict[str, float]:
-    """Go back to the stage's best checkpoint, with a new Adam; returns its held-out metrics."""
+def leave_stage(learner: Learner, checkpoint: Path) -> tuple[list[Episode], dict[str, float]]:
+    """Go back to the stage's best checkpoint, with a new Adam; returns `held_out` of it."""
     learner.sampler = None
     ranks.copy_weights(learner.policy, read_model(learner, str(checkpoint)))
     learner.optimizer.state.clear()  # the new one needs its memory
@@ -152,9 +152,9 @@ def leave_stage(learner: Learner, checkpoint: Path) -> dict[str, float]:
     return held_out(learner, learner.policy, temperature=0.0)
 
 
-def held_out(learner: Learner, model, temperature: float) -> dict[str, float]:
-    """Metrics of a model on held-out problems."""
+def held_out(learner: Learner, model, temperature: float):
+    """A model's episodes on held-out problems, and their metrics."""
     cfg, model = learner.cfg, ranks.unshard(model, learner.full_copy)
     sampling = Sampling(cfg.attempts, cfg.max_new_tokens, temperature, "held out", cfg.rows)
     problems = load_problems(cfg.task, "test", cfg.problems, cfg.data)
-    return evaluate(model, learner.chat, problems, sampling)[1]
+    return evaluate(model, learner.chat, problems, sampling)

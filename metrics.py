@@ -9,7 +9,7 @@ from tqdm import tqdm
 import ranks
 from data import Problem
 from sample import Episode, Sampling, askable, rollout
-from tasks import Chat, agree, stated_answer
+from tasks import Chat, agree
 
 Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
@@ -46,8 +46,7 @@ def measure(episodes: list[Episode]) -> dict[str, float]:
         metrics["edit_ratio"] = sum(edit_ratio(y1.tokens, y2.tokens) for y1, y2 in pairs) / n
     everything = [attempt for column in attempts for attempt in column]
     metrics["cut_off"] = sum(not attempt.finished for attempt in everything) / len(everything)
-    answers = [stated_answer(y.text, e.problem.task) for e in episodes for y in e.attempts]
-    metrics["unreadable"] = answers.count(None) / len(answers)
+    metrics["unreadable"] = sum(y.stated is None for y in everything) / len(everything)
     for i, column in enumerate(attempts, start=1):
         metrics[f"length_t{i}"] = sum(len(attempt.tokens) for attempt in column) / n
     return metrics
@@ -55,8 +54,8 @@ def measure(episodes: list[Episode]) -> dict[str, float]:
 
 def same_statement(episode: Episode) -> bool:
     """Does attempt 2 state the answer of attempt 1? Where none is readable, the texts decide."""
-    one, two = (y.text for y in episode.attempts[:2])
-    return one == two or agree(one, two, episode.problem.task)
+    y1, y2, *_ = episode.attempts
+    return y1.text == y2.text or agree(y1.stated, y2.stated, episode.problem.task)
 
 
 def edit_ratio(one: list[int], two: list[int]) -> float:

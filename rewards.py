@@ -22,13 +22,9 @@ from data import InputError, Problem, last_box, preamble
 
 
 def sums_answer(attempt: str) -> str | None:
-    """The digits of an attempt at a sum, or None if it is anything but digits."""
-    return attempt if re.fullmatch(r"\d( \d)*", attempt) else None
-
-
-def sums_reward(attempt: str, answer: str) -> float:
-    """r̂(y, y*): 1.0 if the attempt is the digits of the sum, else 0.0."""
-    return float(sums_answer(attempt) == answer)
+    """The digits of an attempt at a sum, after a word at most; None if it is anything else."""
+    found = re.fullmatch(r"(?:(?:fast|slow|no) )?(\d(?: \d)*)", attempt)
+    return found[1] if found else None
 
 
 # --- 2. MATH -----------------------------------------------------------------------------------
@@ -36,11 +32,15 @@ def sums_reward(attempt: str, answer: str) -> float:
 TAIL, LONGEST = 20_000, 600  # characters: where a final answer is looked for, and its length
 
 
+def is_right(stated: str, answer: str, question: str = "") -> bool:
+    """Is a stated answer the gold `answer`, and no formula of the question as it stands there?"""
+    return same_answer(stated, answer) and not is_copied(stated, answer, question)
+
+
 def math_reward(attempt: str, answer: str, question: str = "") -> float:
     """r̂(y, y*): 1.0 if the final answer of an attempt is the gold `answer`, else 0.0."""
     stated = final_answer(attempt)
-    right = stated is not None and same_answer(stated, answer)
-    return float(right and not is_copied(stated, answer, question))
+    return float(stated is not None and is_right(stated, answer, question))
 
 
 def is_copied(stated: str, answer: str, question: str) -> bool:
@@ -121,8 +121,8 @@ COMPLETIONS = (  # of a line that begins a statement of several
 )
 
 
-def code_rewards(attempts: list[str], problems: list[Problem]) -> list[float]:
-    """r̂(y, y*) of many: 1.0 if the program in an attempt passes all tests of its problem, else 0.0.
+def code_rewards(programs: list[str | None], problems: list[Problem]) -> list[float]:
+    """r̂(y, y*) of many: 1.0 if a program passes all tests of its problem, else 0.0.
 
     Before the program stands what stands before the function in HumanEval's prompt.
     """
@@ -130,7 +130,6 @@ def code_rewards(attempts: list[str], problems: list[Problem]) -> list[float]:
         from checkers import sandbox  # cannot be imported on a system without fork
     except ImportError as error:
         raise InputError(f"--task code needs Linux or macOS for its sandbox: {error}") from error
-    programs = [program_of(attempt) for attempt in attempts]
     jobs = [
         (preamble(problem.given) + (program or ""), list(problem.tests))
         for program, problem in zip(programs, problems, strict=True)

@@ -15,18 +15,22 @@ import torch
 
 from cache import cache_for
 from data import InputError, Problem
-from tasks import TASKS, Chat
+from tasks import TASKS, Chat, stated_answer
 
 # --- 1. What flows ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One answer: its tokens (with the end token, if it was sampled) and their log-probs."""
+    """One answer: its tokens (with the end token, if it was sampled) and their log-probs.
+
+    stated: what it answers, such as the last number of its text; None if that cannot be found.
+    """
 
     tokens: list[int]
     logp: list[float]
     text: str
+    stated: str | None
     finished: bool
     reward: float
 
@@ -99,7 +103,9 @@ def rollout_rows(model, chat: Chat, problems, sampling: Sampling, begun, uniform
             made = [segments(chat, *row) for row in zip(prompts, attempts, strict=True)]
             contexts = [[token for tokens, _ in parts for token in tokens] for parts in made]
             answers = decode(cache, contexts, uniforms[:, number], sampling, chat.end_ids)
-            for row, attempt in zip(attempts, rewarded(chat, problems, answers), strict=True):
+            before = [row[-1].stated if row else None for row in attempts]
+            judged = rewarded(chat, problems, answers, before)
+            for row, attempt in zip(attempts, judged, strict=True):
                 row.append(attempt)
     return [
         Episode(problem, prompt, tuple(made), offline=bool(begun))
@@ -120,14 +126,16 @@ def segments(chat: Chat, x1: list[int], attempts) -> list[tuple[list[int], int]]
     return parts
 
 
-def rewarded(chat: Chat, problems, answers) -> list[Attempt]:
-    """Attempts from the (token, log-prob)s of each, with their rewards."""
+def rewarded(chat: Chat, problems, answers, before) -> list[Attempt]:
+    """Attempts from the (token, log-prob)s of each; before: what the attempts before them state."""
     pairs = [tuple(map(list, zip(*answer, strict=True))) for answer in answers]
     texts = [chat.text(tokens) for tokens, _ in pairs]
-    rewards = TASKS[problems[0].task].rewards(texts, problems)
+    task = problems[0].task
+    stated = [stated_answer(*both, task) for both in zip(texts, before, strict=True)]
+    rewards = TASKS[task].rewards(stated, problems)
     return [
-        Attempt(tokens, logp, text, tokens[-1] in chat.end_ids, reward)
-        for (tokens, logp), text, reward in zip(pairs, texts, rewards, strict=True)
+        Attempt(tokens, logp, text, says, tokens[-1] in chat.end_ids, reward)
+        for (tokens, logp), text, says, reward in zip(pairs, texts, stated, rewards, strict=True)
     ]
 
 

@@ -336,10 +336,21 @@ def train(learner: Learner, run: Run, progress: Progress) -> None:
                 if told:
                     run.signal = told
                     return
-        run.write_results(stage.folder, leave_stage(learner, run.folder / stage.folder))
+        episodes, metrics = leave_stage(learner, run.folder / stage.folder)
+        run.write_results(stage.folder, metrics)
+        print(first_correction(episodes, stage.folder))
         progress.index, progress.step, progress.best = progress.index + 1, 0, -1.0
         progress.beta2 = cfg.beta2
         save_training(learner, run, progress)
+
+
+def first_correction(episodes: list[Episode], name: str) -> str:
+    """The first episode whose attempt 1 is wrong and attempt 2 right, as lines to read."""
+    found = (e for e in episodes if e.attempts[1].reward > e.attempts[0].reward)
+    corrected = next(found, None)
+    if corrected is None:
+        return f"{name} corrects no held-out problem"
+    return f"{name} corrects, on a held-out problem:\n{as_text(corrected).rstrip()}"
 
 
 def one_step(learner: Learner, run: Run, progress: Progress, stage: Stage) -> dict:

@@ -1,15 +1,18 @@
 """Maximum likelihood: the built-in base model, and STaR and Pair-SFT, to compare SCoRe with.
 
 The paper's base models know more than their first attempt shows, and when asked again they mostly
-say the same thing. `fit_builtin` makes such a model for column addition, from transcripts with
+stay with what they said. `fit_builtin` makes such a model for column addition, from transcripts of
+three attempts, each of which begins with a word of its own, as a longer answer would:
 
-    attempt 1        mostly shortsighted: a carry is seen if it starts in the next column, and lost
-                     where it should run through a nine; sometimes two columns, seldom all
-    attempts 2 .. 4  mostly a copy of the attempt before; sometimes the right answer; sometimes a
-                     slip, the right answer with the carry into one column taken wrong
+    attempt 1   fast 7 9 1    no carry is seen: each column is added alone
+                slow 8 0 1    a carry is seen if it starts at most FAR columns away
+    later ones  ok            stays with the answer before
+                no 8 0 1      rewrites it: right, or with a slip, the carry into one column wrong
 
-The greedy base repeats its first answer; sampled, it tries others. All of this is NOT IN PAPER: it
-stands in for Gemini, and goes through the same code as google/gemma-2-2b-it.
+First the model learns to do all of these, then how seldom: most first attempts are fast, nearly all
+others `ok`, and of the rewritten ones most have a slip. So the greedy base adds column by column
+and finds nothing to correct. All of this is NOT IN PAPER: it stands in for Gemini, and goes through
+the same code as google/gemma-2-2b-it.
 
 STaR and Pair-SFT raise the likelihood of y2 in traces x1 y1 p1 y2 with a right y2 (section 4.1):
 
@@ -28,7 +31,7 @@ updates; that is one epoch.
 """
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -44,13 +47,24 @@ from tasks import Chat, load_problems, read_chat
 
 # --- 1. The built-in base model ------------------------------------------------------------------
 
-# How many columns to the right an attempt looks for a carry: shares of first attempts.
-REACH = {1: 0.75, 2: 0.21, COLUMNS: 0.04}
-MIXTURE = {"copy": 0.65, "right": 0.27, "slip": 0.08}  # of later attempts
-# Most steps show two attempts, which is what training asks for; the last ones show four, so that
-# evaluation with more attempts means something.
-FIT_PHASES = ((550, 192, 2), (120, 128, 4))  # steps, transcripts a step, attempts
-FIT_LR, FIT_RAMP, FIT_DECAY = 8e-3, 20, 200  # peak; steps of linear rise and of linear decay
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps of fitting, and shares of what they show: of first attempts, and of later ones."""
+
+    steps: int
+    slow: float
+    right: float
+    slip: float
+
+
+FAR = 3
+PHASES = (
+    Phase(500, slow=0.5, right=0.22, slip=0.38),
+    Phase(150, slow=0.2, right=0.015, slip=0.025),
+)
+FIT_BATCH, FIT_ATTEMPTS = 128, 3  # transcripts a step, attempts in each
+FIT_LR, FIT_RAMP, FIT_DECAY = 6e-3, 20, 200  # peak; steps of linear rise and of linear decay
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %} {{ message.content }}"
@@ -59,9 +73,10 @@ CHAT_TEMPLATE = (
 
 
 def builtin_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a column (`4+7`), digit, `=`, `again` and special token; separated by spaces."""
+    """One token a column (`4+7`), digit, word and special token; separated by spaces."""
     columns = [f"{upper}+{lower}" for upper in range(10) for lower in range(10)]
-    words = ["<pad>", "<bos>", "<end>", "again", "=", *map(str, range(10)), *columns]
+    words = ["<pad>", "<bos>", "<end>", "again", "=", "ok", "no", "fast", "slow"]
+    words += [*map(str, range(10)), *columns]
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     core.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -105,13 +120,13 @@ def fit_builtin(seed: int) -> tuple[Gemma2ForCausalLM, PreTrainedTokenizerFast]:
     chat = read_chat(tokenizer, model, "sums")
     rng, problems = random.Random(seed), load_problems("sums", "train")
     optimizer = torch.optim.AdamW(model.parameters(), lr=FIT_LR, weight_decay=0.01)
-    plan = [phase[1:] for phase in FIT_PHASES for _ in range(phase[0])]
+    plan = [phase for phase in PHASES for _ in range(phase.steps)]
     bar = tqdm(plan, desc="base", unit="step")
-    for step, (batch, attempts) in enumerate(bar):
+    for step, phase in enumerate(bar):
         ramp = min(1.0, (step + 1) / FIT_RAMP, (len(plan) - step) / FIT_DECAY)
         optimizer.param_groups[0]["lr"] = FIT_LR * ramp
-        drawn = rng.choices(problems, k=batch)
-        loss = negative_log_likelihood(model, [draw(chat, p, attempts, rng) for p in drawn])
+        drawn = rng.choices(problems, k=FIT_BATCH)
+        loss = negative_log_likelihood(model, [draw(chat, p, phase, rng) for p in drawn])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -120,20 +135,34 @@ def fit_builtin(seed: int) -> tuple[Gemma2ForCausalLM, PreTrainedTokenizerFast]:
     return model.eval(), tokenizer
 
 
-def draw(chat: Chat, problem: Problem, attempts: int, rng: random.Random) -> list[tuple[int, bool]]:
-    """(token, is it in the loss?) of x1 y1 p1 y2 p1 y3 ...: attempts are, prompts are not."""
+def draw(chat: Chat, problem: Problem, phase: Phase, rng: random.Random) -> list[tuple[int, bool]]:
+    """(token, is it in the loss?) of x1 y1 p1 y2 p1 y3: attempts are, prompts are not."""
     encode = chat.tokenizer.convert_tokens_to_ids
-    columns = [tuple(map(int, word.split("+"))) for word in problem.question.split()[:-1]]
     transcript = [(token, False) for token in encode(["<bos>", *problem.question.split()])]
-    answer = add_shortsightedly(columns, rng.choices(list(REACH), list(REACH.values()))[0])
-    for number in range(attempts):
-        if number:
-            transcript += [(token, False) for token in chat.p1]
-            mode = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
-            slip = add_columns(columns, flipped=rng.randrange(COLUMNS))
-            answer = {"copy": answer, "right": problem.answer, "slip": slip}[mode]
-        transcript += [(token, True) for token in [*encode(answer.split()), chat.close_id]]
+    for number in range(FIT_ATTEMPTS):
+        transcript += [(token, False) for token in chat.p1] if number else []
+        attempt = draw_later(problem, phase, rng) if number else draw_first(problem, phase, rng)
+        transcript += [(token, True) for token in [*encode(attempt.split()), chat.close_id]]
     return transcript
+
+
+def draw_first(problem: Problem, phase: Phase, rng: random.Random) -> str:
+    slow = rng.random() < phase.slow
+    digits = add_shortsightedly(columns_of(problem), reach=FAR if slow else 0)
+    return f"{'slow' if slow else 'fast'} {digits}"
+
+
+def draw_later(problem: Problem, phase: Phase, rng: random.Random) -> str:
+    chance = rng.random()
+    if chance < phase.right:
+        return f"no {problem.answer}"
+    if chance < phase.right + phase.slip:
+        return f"no {add_columns(columns_of(problem), flipped=rng.randrange(COLUMNS))}"
+    return "ok"
+
+
+def columns_of(problem: Problem) -> list[tuple[int, int]]:
+    return [tuple(map(int, word.split("+"))) for word in problem.question.split()[:-1]]
 
 
 def add_shortsightedly(columns: list[tuple[int, int]], reach: int) -> str:

@@ -115,17 +115,17 @@ class Task:
 
     load(split, count): the first `count` problems of "train" or of one of `splits`, always in the
     same order; their `task` is the task's name. It has a parameter for each flag that it `takes`.
-    first(problem): the first prompt; again: the second. rewards(attempts, problems): 1.0 or 0.0
-    each. states(attempt): what it answers, None if that cannot be found; same(answer, answer).
-    feedback and refine are what Self-Refine says instead of `again`. training: other flags of
-    score.py, such as model and out.
+    first(problem): the first prompt; again: the second. states(attempt): what it answers, None if
+    that cannot be found; keeps: a reply that stands for the answer of the attempt before it.
+    rewards(answers, problems): 1.0 or 0.0 for each of those answers; same(answer, answer). feedback
+    and refine are what Self-Refine says instead of `again`. training: other flags of score.py.
     """
 
     load: Callable[..., tuple[Problem, ...]]
     first: Callable[[Problem], str]
     again: str
-    rewards: Callable[[list[str], list[Problem]], list[float]]
     states: Callable[[str], str | None]
+    rewards: Callable[[list[str | None], list[Problem]], list[float]]
     same: Callable[[str, str], bool]
     problems: int
     max_new_tokens: int
@@ -134,14 +134,18 @@ class Task:
     training: dict = field(default_factory=dict)
     splits: tuple[str, ...] = ("test",)  # held out
     takes: tuple[str, ...] = ()  # flags that only some tasks have: data, ids
+    keeps: str = ""
     cue: str = ""  # what a base model, without a chat template, continues
     feedback: str = ""
     refine: str = ""
 
 
-def each(reward: Callable[[str, Problem], float]):
-    """The rewards of many attempts, one by one."""
-    return lambda attempts, problems: list(map(reward, attempts, problems))
+def each(is_right: Callable[[str, Problem], bool]):
+    """The rewards of many answers, one by one; where none is stated, 0.0."""
+    return lambda answers, problems: [
+        float(answer is not None and is_right(answer, problem))
+        for answer, problem in zip(answers, problems, strict=True)
+    ]
 
 
 def first_code(problem: Problem) -> str:
@@ -153,16 +157,18 @@ def first_code(problem: Problem) -> str:
 
 
 GEMMA = {"model": "google/gemma-2-2b-it", "k": 4, "micro_tokens": 8192, "recompute": 1}
+GEMMA |= {"beta1": 0.01}  # Table 8
 TASKS = {
     "sums": Task(
         load=sums_problems,
         first=lambda problem: problem.question,
         again="again =",
-        rewards=each(lambda attempt, problem: rewards.sums_reward(attempt, problem.answer)),
         states=rewards.sums_answer,
+        keeps="ok",
+        rewards=each(lambda answer, problem: answer == problem.answer),
         same=str.__eq__,
         problems=2000,
-        max_new_tokens=10,  # a sum needs 9
+        max_new_tokens=12,  # a word, nine digits and the end token are 11
         precision="float32",
         rows=500,
     ),
@@ -171,8 +177,8 @@ TASKS = {
         # NOT STATED: where the question stands, and whether as a system or a user message.
         first=lambda problem: f"{MATH_PROMPT}\n\nProblem: {problem.question}",
         again=MATH_CORRECTION,
-        rewards=each(lambda attempt, p: rewards.math_reward(attempt, p.answer, p.question)),
         states=rewards.final_answer,
+        rewards=each(lambda answer, p: rewards.is_right(answer, p.answer, p.question)),
         same=rewards.same_answer,
         problems=500,
         max_new_tokens=1024,  # NOT STATED
@@ -191,8 +197,8 @@ TASKS = {
         load=lambda split, count, data, ids: code_problems(split, data, ids)[:count],
         first=first_code,
         again=CODE_CORRECTION,
-        rewards=rewards.code_rewards,
         states=rewards.program_of,
+        rewards=rewards.code_rewards,
         same=rewards.same_program,
         problems=500,  # HumanEval has 164
         max_new_tokens=512,  # NOT STATED
@@ -243,15 +249,15 @@ def settings_of(task: str) -> dict:
     return shared | TASKS[task].training
 
 
-def stated_answer(attempt: str, task: str) -> str | None:
-    """The answer an attempt states, or None if it states none that can be found."""
-    return TASKS[task].states(attempt)
+def stated_answer(attempt: str, before: str | None, task: str) -> str | None:
+    """The answer an attempt states, or None; before: that of the attempt before it."""
+    keeps = TASKS[task].keeps
+    return before if keeps and attempt == keeps else TASKS[task].states(attempt)
 
 
-def agree(one: str, two: str, task: str) -> bool:
-    """Do two attempts state the same answer?"""
-    answers = stated_answer(one, task), stated_answer(two, task)
-    return None not in answers and (answers[0] == answers[1] or TASKS[task].same(*answers))
+def agree(one: str | None, two: str | None, task: str) -> bool:
+    """Are two stated answers the same?"""
+    return None not in (one, two) and (one == two or TASKS[task].same(one, two))
 
 
 # --- 2. Prompts as token ids -----------------------------------------------------------------

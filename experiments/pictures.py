@@ -1,14 +1,17 @@
 """The story in pictures, from what reproduce.py has done. Each is drawn again by that command.
 
+curve.png         SCoRe learns to correct, direct RL to copy: accuracy of both attempts
 multipliers.png   what each token is multiplied by, asked of the objectives themselves
 sft.png           why SFT fails where it does: how much it changes (Figure 3), and corrections
                   of given against own first attempts (Figure 4)
-collapse.png      why plain RL collapses: changed answers and delta in training (Figure 5)
+collapse.png      when correcting is lost: changed answers and delta in training (Figure 5)
 attempts.png      ten attempts in a row (Figure 8), by level (Figure 7), votes (Figure 1)
+
+Lines are means over seeds, bands go from the lowest seed to the highest.
 """
 
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 
@@ -25,31 +28,78 @@ NAMES = {
     "pair+": "Pair-SFT, D+",
     "standard": "standard RL (y2 alone)",
     "direct": "direct RL (y1 and y2)",
-    "no-stage1": "without Stage I",
+    "no-stage1": "SCoRe without Stage I",
+    "no-bonus": "SCoRe without bonus",
     "score": "SCoRe",
 }
-COLORS = dict(zip(NAMES, ("0.6", "C1", "C2", "C4", "C5", "C3", "C6", "C0"), strict=True))
+STYLES = {  # colours that everyone can tell apart (Okabe and Ito), and dashes
+    "base": ("0.55", "-"),
+    "star+": ("#E69F00", "-"),
+    "pair": ("#009E73", "-"),
+    "pair+": ("#009E73", ":"),
+    "standard": ("#56B4E9", "--"),
+    "direct": ("#D55E00", "-"),
+    "no-stage1": ("#CC79A7", "-."),
+    "no-bonus": ("0.1", ":"),
+    "score": ("#0072B2", "-"),
+}
 
 
-def draw(out: Path, seeds: int) -> list[Path]:
+def draw(out: Path, seeds: list[int]) -> list[Path]:
     """All pictures, into `out`; returns their paths."""
-    folders = [out / f"seed-{seed}" for seed in range(seeds)]
-    painters = {"sft": draw_sft, "collapse": draw_collapse, "attempts": draw_attempts}
+    folders = [out / f"seed-{seed}" for seed in seeds]
+    painters = {"curve": draw_curves, "sft": draw_sft}
+    painters |= {"collapse": draw_collapse, "attempts": draw_attempts}
     paths = [write_picture(draw_multipliers(), out / "multipliers.png")]
     return paths + [
         write_picture(paint(folders), out / f"{name}.png") for name, paint in painters.items()
     ]
 
 
-def over_seeds(axis, x, curves: list[list[float]], name: str, **style) -> None:
-    """The mean of one curve a seed, and a band of one standard deviation."""
+def over_seeds(axis, x, curves: list[list[float]], label: str, color: str, line="-", **style):
+    """The mean of one curve a seed, and a band from the lowest to the highest."""
     columns = list(zip(*curves, strict=True))
-    middle = [mean(column) for column in columns]
-    axis.plot(x, middle, label=NAMES[name], color=COLORS[name], **style)
+    axis.plot(x, list(map(mean, columns)), line, label=label, color=color, **style)
     if len(curves) > 1:
-        spread = [stdev(column) for column in columns]
-        low, high = ([m + s * d for m, d in zip(middle, spread, strict=True)] for s in (-1, 1))
-        axis.fill_between(x, low, high, color=COLORS[name], alpha=0.12, linewidth=0)
+        low, high = list(map(min, columns)), list(map(max, columns))
+        axis.fill_between(x, low, high, color=color, alpha=0.13, linewidth=0)
+
+
+def in_training(folders: list[Path], name: str) -> tuple[list[int], list[list[dict]], int]:
+    """Steps and metrics of a method in training, by seed, and where its last stage begins."""
+    lines = [read_metrics(folder / name / "metrics.jsonl") for folder in folders]
+    start = next(i for i, line in enumerate(lines[0]) if line["stage"] == lines[0][-1]["stage"])
+    return [line["step"] for line in lines[0]], lines, start
+
+
+def beside(axis, **settings) -> None:
+    """The legend, to the right of the axes."""
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), **settings)
+
+
+# --- 0. What happens -----------------------------------------------------------------------------
+
+
+def draw_curves(folders: list[Path]):
+    """Accuracy of both attempts in training: SCoRe's, and that of direct RL."""
+    figure, axes = canvas(1, 2, (9, 3.4), sharey=True)
+    for axis, name in zip(axes, ("direct", "score"), strict=True):
+        steps, lines, start = in_training(folders, name)
+        for column, label in (("acc_t2", "attempt 2"), ("acc_t1", "attempt 1")):
+            curves = [smoothed([line[column] for line in one]) for one in lines]
+            second = column == "acc_t2"
+            color, line = STYLES["score" if second else "direct"][0], "-" if second else "--"
+            over_seeds(axis, steps, curves, label, color, line, linewidth=2)
+        if start:
+            axis.axvline(start, color="0.8", zorder=0)
+            for at, words in ((0, "Stage I"), (start, "Stage II")):
+                axis.text(at, 1.02, f" {words}", color="0.4", fontsize=9)
+        axis.set_title(NAMES[name], fontsize=11)
+        axis.set_xlabel("step")
+    axes[0].set_ylim(0, 1.08)
+    axes[0].set_ylabel("accuracy of samples")
+    beside(axes[1])
+    return figure
 
 
 # --- 1. What each token is multiplied by ---------------------------------------------------------
@@ -103,25 +153,28 @@ def draw_sft(folders: list[Path]):
         ratios = []
         for folder in folders:
             rows = read_jsonl(folder / f"eval-attempts-{name}" / "transcripts.jsonl")
-            pairs = ([y["tokens"] for y in row["attempts"][:2]] for row in rows)
+            pairs = ([(y["stated"] or "").split() for y in row["attempts"][:2]] for row in rows)
             ratios += [edit_ratio(*pair) for pair in pairs]
         weights = [1 / len(ratios)] * len(ratios)
-        style = {"histtype": "step", "linewidth": 1.8, "color": COLORS[name]}
+        style = {"histtype": "step", "linewidth": 2, "color": STYLES[name][0]}
         axes[0].hist(ratios, BINS, weights=weights, label=NAMES[name], **style)
-    axes[0].set_xlabel("edit distance of attempts 1 and 2 over their length")
+    axes[0].set_xlabel("edit distance of both answers, over their length")
     axes[0].set_ylabel("share of problems")
-    axes[0].legend(frameon=False)
+    axes[0].legend(frameon=False, loc="upper right")
     names = ("star+", "pair", "pair+", "direct", "score")
-    for shift, label, rates in ((-0.2, "given: the base's", given), (0.2, "own", own)):
+    for shift, label, rates, color in (
+        (-0.2, "given: the base's", given, "#56B4E9"),
+        (0.2, "own", own, "#D55E00"),
+    ):
         found = [[rates(folder, name) for folder in folders] for name in names]
-        spread = [stdev(one) if len(one) > 1 else 0.0 for one in found]
+        middle = list(map(mean, found))
         places = [x + shift for x in range(len(names))]
-        axes[1].bar(places, [mean(one) for one in found], 0.4, yerr=spread, label=label)
+        ends = [[m - min(one) for m, one in zip(middle, found, strict=True)]]
+        ends.append([max(one) - m for m, one in zip(middle, found, strict=True)])
+        axes[1].bar(places, middle, 0.4, yerr=ends, label=label, color=color, ecolor="0.3")
     axes[1].set_xticks(range(len(names)), [NAMES[name].replace(" ", "\n", 1) for name in names])
     axes[1].set_ylabel("wrong first attempts that are corrected")
-    axes[1].legend(
-        title="first attempts", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
-    )
+    beside(axes[1], title="first attempts")
     return figure
 
 
@@ -137,39 +190,41 @@ def own(folder: Path, name: str) -> float:
 
 
 def draw_collapse(folders: list[Path]):
-    figure, axes = canvas(1, 2, (11, 3.8))
-    for name in ("standard", "direct", "no-stage1", "score"):
-        runs = [read_metrics(folder / name / "metrics.jsonl") for folder in folders]
-        steps = [line["step"] for line in runs[0]]
-        changed = [smoothed([1 - line["copied"] for line in lines]) for lines in runs]
-        delta = [smoothed([line["delta"] for line in lines]) for lines in runs]
-        over_seeds(axes[0], steps, changed, name)
-        over_seeds(axes[1], steps, delta, name)
-        turn = [line["step"] for line in runs[0] if name == "score" and line["stage"] == "2"][:1]
-        for axis in axes:
-            for step in turn:
-                axis.axvline(step, color="0.85", zorder=0)
+    figure, axes = canvas(1, 2, (12, 4))
+    for name in ("score", "standard", "no-stage1", "no-bonus", "direct"):
+        steps, lines, start = in_training(folders, name)
+        if name == "no-bonus":  # it goes on from SCoRe's Stage I
+            steps = [step + in_training(folders, "score")[2] for step in steps]
+        changed = [smoothed([1 - line["copied"] for line in one]) for one in lines]
+        delta = [smoothed([line["delta"] for line in one]) for one in lines]
+        color, line = STYLES[name]
+        over_seeds(axes[0], steps, changed, NAMES[name], color, line, linewidth=2)
+        over_seeds(axes[1], steps, delta, NAMES[name], color, line, linewidth=2)
+        for axis in axes if name == "score" else ():
+            axis.axvline(start, color="0.8", zorder=0)
     axes[0].set_ylabel("share of changed answers")
     axes[1].set_ylabel("delta")
     for axis in axes:
-        axis.set_xlabel("step (SCoRe's Stage II begins at the grey line)")
-    axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        axis.set_xlabel("step (Stage II begins at the grey line)")
+    beside(axes[1])
     return figure
 
 
 def draw_attempts(folders: list[Path]):
-    figure, axes = canvas(1, 3, (14, 3.8))
+    figure, axes = canvas(1, 3, (15, 3.8))
     for name in ("base", "star+", "pair", "direct", "score"):
         files = [folder / f"eval-attempts-{name}" / "metrics.json" for folder in folders]
         found = [read_json(file)["metrics"] for file in files]
         numbers = range(1, 1 + sum(key.startswith("acc_t") for key in found[0]))
         curves = [[metrics[f"acc_t{i}"] for i in numbers] for metrics in found]
-        over_seeds(axes[0], numbers, curves, name, marker="o", markersize=3)
+        color, line = STYLES[name]
+        style = {"marker": "o", "markersize": 3}
+        over_seeds(axes[0], numbers, curves, NAMES[name], color, line, **style)
     axes[0].set_xticks(numbers)
     axes[0].set_xlabel("attempt")
     axes[0].set_ylabel("accuracy")
     axes[0].set_ylim(0, 1.02)
-    axes[0].legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.9))
+    beside(axes[0])
     draw_levels(axes[1], [levels_of(folder / "eval-attempts-score") for folder in folders])
     axes[1].set_xlabel("SCoRe, by level (for sums: columns that a carry runs)")
     files = [folder / "eval-samples-score" / "scaling.json" for folder in folders]

@@ -20,7 +20,7 @@ from data import InputError, Problem, code_problems, preamble, read_ids
 from eval import base_of, given_episodes, only_wrong, read_attempts
 from rewards import program_of
 from sft import builtin_model, builtin_tokenizer
-from tasks import TASKS, load_problems, read_chat
+from tasks import TASKS, load_problems, read_chat, stated_answer
 
 FAST = ["--task", "code", "--data", CODE, "--batch", "16", "--k", "4", "--max-new-tokens", "60"]
 FAST += ["--steps1", "1", "--steps2", "1", "--problems", "6", "--rows", "8", "--lr", "1e-3"]
@@ -49,7 +49,8 @@ def rows_of(name: str) -> list[dict]:
 
 
 def rewards(programs: list[str], problems: list[Problem]) -> list[float]:
-    return TASKS["code"].rewards(programs, problems)
+    stated = [stated_answer(program, None, "code") for program in programs]
+    return TASKS["code"].rewards(stated, problems)
 
 
 def run_eval(*flags) -> int:

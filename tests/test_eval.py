@@ -76,7 +76,7 @@ PROBLEM = Problem("1+1 =", "2", "sums", "p")
 
 
 def attempt(text: str, right: str = "2") -> Attempt:
-    return Attempt([1], [0.0], text, True, float(text == right))
+    return Attempt([1], [0.0], text, None if text == "?" else text, True, float(text == right))
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_the_answer_of_most_attempts_wins(texts, right):
 
 
 def test_answers_that_are_equal_in_other_words_vote_together():
-    ballots = [r"\boxed{3}", r"\boxed{0.5}", r"\boxed{\frac12}"]
+    ballots = ["3", "0.5", r"\frac12"]
     assert vote([attempt(text, ballots[1]) for text in ballots], "math") == 1.0
 
 

@@ -20,7 +20,8 @@ from tasks import TASKS
 def rewarding(monkeypatch):
     """Let the bits of an attempt decide what is right, so that a random model leaves traces."""
     sums = TASKS["sums"]
-    fair = replace(sums, rewards=lambda texts, _: [zlib.crc32(t.encode()) % 2.0 for t in texts])
+    bits = lambda texts, _: [zlib.crc32(t.encode()) % 2.0 for t in texts]  # noqa: E731
+    fair = replace(sums, states=str, keeps="", rewards=bits)
     monkeypatch.setitem(TASKS, "sums", fair)
 
 
@@ -57,7 +58,7 @@ def test_each_iteration_of_star_samples_the_one_before_and_learns_from_the_start
     assert equal(starts[2][0], made["star-2"]) and equal(starts[2][1], made["star-2"])
     lines = tree(out)["lines"]
     assert [line["stage"] for line in lines] == ["star"] * 6 + ["pair"] * 3  # steps2 of each
-    assert all(0 < line["learned"] < 1 for line in lines)
+    assert {line["learned"] for line in lines} - {0.0, 1.0}  # some episodes of a batch
     assert set(tree(out)["results"]) == {"base", "base, sampled", "star", "star-2", "pair"}
 
 

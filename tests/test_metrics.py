@@ -16,7 +16,7 @@ def episode(first, second, r1, r2, finished=True):
     attempts = []
     for text, r in ((first, r1), (second, r2)):
         tokens = [int(digit) for digit in text.split()] + [99] * finished
-        attempts.append(Attempt(tokens, [0.0] * len(tokens), text, finished, r))
+        attempts.append(Attempt(tokens, [0.0] * len(tokens), text, text, finished, r))
     return Episode(PROBLEM, [1], tuple(attempts))
 
 
@@ -64,15 +64,22 @@ def test_a_table_has_a_column_for_each_attempt_that_all_rows_have():
 
 
 def test_unreadable_is_the_share_of_attempts_without_an_answer():
-    attempts = (EPISODES[0].attempts[0], Attempt([5], [0.0], "1 = 2", False, 0.0))
+    attempts = (EPISODES[0].attempts[0], Attempt([5], [0.0], "1 = 2", None, False, 0.0))
     assert measure([Episode(PROBLEM, [1], attempts), EPISODES[0]])["unreadable"] == 0.25
 
 
 def test_equal_answers_in_other_words_are_copies():
-    texts = (r"so \boxed{0.5}", r"thus \boxed{\frac12}"), (r"so \boxed{5}", r"thus \boxed{6}")
-    for (one, two), copied in zip(texts, (1, 0), strict=True):
-        attempts = (Attempt([1], [0.0], one, True, 0.0), Attempt([2], [0.0], two, True, 0.0))
-        math = Episode(replace(PROBLEM, task="math"), [1], attempts)
+    for one, two, copied in (
+        ("0.5", r"\frac12", 1),
+        ("5", "6", 0),
+        (None, "6", 0),
+        (None, None, 0),
+    ):
+        y1, y2 = (
+            Attempt([1], [0.0], "so", one, True, 0.0),
+            Attempt([2], [0.0], "thus", two, True, 0.0),
+        )
+        math = Episode(replace(PROBLEM, task="math"), [1], (y1, y2))
         assert measure([math])["copied"] == copied
 
 
@@ -94,6 +101,7 @@ def test_unreadable_attempts_are_copied_only_if_their_texts_are():
     for e, texts in ((same, ("= 1", "= 1")), (other, ("= 1", "= 2"))):
         for attempt, text in zip(e.attempts, texts, strict=True):
             object.__setattr__(attempt, "text", text)
+            object.__setattr__(attempt, "stated", None)
     assert measure([same])["copied"] == 1 and measure([other])["copied"] == 0
 
 

@@ -44,8 +44,8 @@ def test_its_reward_is_the_words_in_reverse_order_and_its_splits_share_nothing(t
     problem = test[0]
     assert problem.answer.split() == problem.question.split()[::-1]
     assert load_problems("backwards", "test", 1) == (problem,)
-    attempts = [problem.answer, f" {problem.answer}\n", problem.question, ""]
-    assert task.rewards(attempts, [problem] * 4) == [1.0, 1.0, 0.0, 0.0]
+    answers = [problem.answer, f" {problem.answer}\n", problem.question, None]
+    assert task.rewards(answers, [problem] * 4) == [1.0, 1.0, 0.0, 0.0]
     assert [task.states(attempt) for attempt in ("", "ant")] == [None, "ant"]
 
 

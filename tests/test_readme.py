@@ -91,7 +91,7 @@ def test_the_settings_of_math_are_table_8():
 
 
 def test_every_metric_is_in_its_table():
-    attempt = Attempt([1], [0.0], "1", True, 1.0)
+    attempt = Attempt([1], [0.0], "1", "1", True, 1.0)
     problem = score.Problem("1+1 =", "2", "sums", "p")
     logged = set(metrics.measure([Episode(problem, [1], (attempt, attempt))]))
     logged |= {"kl_t1", "kl_t2", "grad_norm", "on_policy_gap", "seconds", "alarms"}

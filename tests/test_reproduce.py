@@ -11,10 +11,13 @@ import pytest
 from gemma import FILES, gemma_model, gemma_tokenizer
 
 import eval as evaluation
+import learner
 import score
+import sft
 from config import Config, check_settings, configure, parse_eval_flags, parse_train_flags, plan_of
 from data import InputError
-from experiments import pictures, reproduce
+from experiments import cell, landscape, pictures, reproduce, tables
+from experiments import jobs as jobs_module
 from models import save_checkpoint
 from runs import Run, locked
 from score import STAGES
@@ -24,7 +27,7 @@ TINY = ["--steps1", "3", "--steps2", "2", "--batch", "8", "--k", "2", "--problem
 
 def jobs(*flags):
     args, typed, given = reproduce.parse_flags(list(map(str, flags)))
-    waves = reproduce.plan(args.out, args.seeds, typed, given, attempts=10)
+    waves = reproduce.plan(args.out, args.seeds, typed, given, 10, args.only)
     return [job for wave in waves for job in wave]
 
 
@@ -32,7 +35,7 @@ def jobs(*flags):
     "given", [[], ["--task", "math", "--model", "google/gemma-2-2b-it", "--data", FILES]], ids=str
 )
 def test_every_command_of_the_grid_is_one_that_its_script_takes(given):
-    found = jobs("--seeds", 2, *given)
+    found = jobs("--seeds", "3,7", *given)
     kinds = {job.name.rsplit(" ", 1)[0] for job in found}
     assert len(found) == 2 * (len(reproduce.TRAINED) + 12) and set(reproduce.TRAINED) <= kinds
     for job in found:
@@ -51,46 +54,75 @@ def test_every_command_of_the_grid_is_one_that_its_script_takes(given):
 
 
 def test_the_grid_for_gemma_starts_from_gemma():
-    found = jobs("--seeds", 1, "--task", "math", "--model", "google/gemma-2-2b-it")
+    found = jobs("--seeds", 0, "--task", "math", "--model", "google/gemma-2-2b-it")
     flags = {job.name: job.flags for job in found}
     assert flags["direct 0"][-4:] == ["--steps2", "3000", "--model", "google/gemma-2-2b-it"]
     assert "google/gemma-2-2b-it" in flags["refine base 0"]
-    assert flags["attempts score 0"][:4] == [
-        "--model", "runs/reproduce/seed-0/score/stage2", "--task", "math",
+    assert flags["attempts score 0"] == [
+        "--model", "runs/reproduce/seed-0/score/stage2", "--attempts", "10", "--task", "math",
     ]  # fmt: skip
     assert flags["no-bonus 0"][-3] == "runs/reproduce/seed-0/score/stage1"
-    assert jobs("--seeds", 1)[1].flags[-1] == "runs/reproduce/seed-0/score/base"
+    assert jobs("--seeds", 0)[1].flags[-1] == "runs/reproduce/seed-0/score/base"
+
+
+def test_some_runs_alone_and_seeds_by_number():
+    assert reproduce.read_seeds("10-12,3") == [10, 11, 12, 3]
+    assert len(jobs()) == 10 * len(jobs("--seeds", "4"))
+    few = jobs("--seeds", "4", "--only", "direct")
+    assert [job.name for job in few] == ["score 4", "direct 4"]
 
 
 def test_p_is_that_of_a_paired_t_test():
     ours = [1.0, 2.0, 3.0, 4.0, 5.0]
     # differences 1 2 3 4 5: t = 3 / (sqrt(2.5) / sqrt(5)) = 4.2426 with 4 degrees of freedom
-    assert reproduce.p_value(ours, [0.0] * 5) == pytest.approx(0.0132, abs=5e-5)
+    assert tables.p_value(ours, [0.0] * 5) == pytest.approx(0.0132, abs=5e-5)
     # two seeds: Cauchy; t = 1.5 / (sqrt(0.5) / sqrt(2)) = 3, p = 1 - 2 atan(3) / pi
-    assert reproduce.p_value([1.0, 2.0], [0.0, 0.0]) == pytest.approx(0.20483, abs=1e-5)
-    assert reproduce.p_value([0.0, 0.0], [1.0, 2.0]) == pytest.approx(0.20483, abs=1e-5)
-    assert reproduce.p_value([1.0], [0.0]) is None
-    assert reproduce.p_value([1.0, 1.0], [0.5, 0.5]) is None
-    assert reproduce.p_value([0.3, 0.4], [0.2, 0.3]) is None  # equal but for rounding
+    assert tables.p_value([1.0, 2.0], [0.0, 0.0]) == pytest.approx(0.20483, abs=1e-5)
+    assert tables.p_value([0.0, 0.0], [1.0, 2.0]) == pytest.approx(0.20483, abs=1e-5)
+    assert tables.p_value([1.0], [0.0]) is None
+    assert tables.p_value([1.0, 1.0], [0.5, 0.5]) is None
+    assert tables.p_value([0.3, 0.4], [0.2, 0.3]) is None  # equal but for rounding
 
 
-def test_the_table_has_means_spreads_and_p():
-    usual = {name: [0.5, 0.6] for name in reproduce.COLUMNS}
-    rows = dict.fromkeys(reproduce.ROWS, usual)
+def test_the_table_has_means_and_spreads():
+    usual = {name: [0.5, 0.6] for name in tables.COLUMNS}
+    rows = dict.fromkeys(tables.ROWS, usual)
     rows["base"] = {**usual, "delta": [0.0, 0.01], "acc_t2": [-0.5, -0.7]}
-    lines = reproduce.table({"rows": rows}).splitlines()
+    lines = tables.table({"rows": rows}).splitlines()
     assert len(lines) == 2 + len(rows)
     base = [cell.strip() for cell in lines[2].split("|")[1:-1]]
     assert base[:4] == ["base model", ".550 ± .071", "-.600 ± .141", ".005 ± .007"]
-    # delta: differences .5 and .59, t = .545 / .045; acc@t2: 1.0 and 1.3, t = 1.15 / .15
-    assert base[-2:] == [".083", ".052"]
-    score_row = next(line for line in lines if "**SCoRe**" in line)
-    assert score_row.endswith("|  |  |")
     alone = {"rows": {name: {c: v[:1] for c, v in rows[name].items()} for name in rows}}
-    assert "±" not in reproduce.table(alone)
-    rows["base"] = {**usual, "acc_t2": [0.6, 0.5]}
-    assert reproduce.table({"rows": rows}).splitlines()[2].split("|")[-3].strip() == "1.000"
-    assert reproduce.mean_and_spread([-1e-5, 0.0]) == ".000 ± .000"
+    assert "±" not in tables.table(alone)
+    assert tables.mean_and_spread([-1e-5, 0.0]) == ".000 ± .000"
+    assert (
+        tables.ranges({"rows": rows}, ("score",)).splitlines()[2].count(".550 (.500 to .600)") == 3
+    )
+
+
+def test_holm_multiplies_by_what_is_left_and_never_falls():
+    # sorted: .01 * 4, .02 * 3, .03 * 2, .5; the third is not below the second
+    assert tables.holm([0.03, None, 0.01, 0.5, 0.02]) == [0.06, None, 0.04, 0.5, 0.06]
+
+
+def test_a_claim_is_agreed_with_only_if_it_is_so():
+    usual = {name: [0.50, 0.61, 0.72] for name in (*tables.COLUMNS, "given", "own")}
+    rows = {name: dict(usual) for name in tables.ROWS}
+    rows["direct"]["acc_t2"] = [0.30, 0.40, 0.53]
+    rows["direct"]["delta"] = [0.80, 0.90, 1.03]
+    rows["base"]["acc_t2"] = [0.52, 0.63, 0.73]  # gains more than half a point
+    verdicts = {}
+    for line in tables.claims({"rows": rows}).splitlines()[2:]:
+        words, _, _, verdict = (cell.strip() for cell in line.split("|")[1:-1])
+        verdicts[words] = verdict
+    assert len(verdicts) == len(tables.CLAIMS)
+    assert verdicts["direct RL: acc@t2 below SCoRe's"] == "yes"
+    assert verdicts["direct RL: delta below SCoRe's"] == "**no**"
+    assert verdicts["base model: attempt 2 is no better"] == "**no**"
+    assert verdicts["Self-Refine: attempt 2 is no better"] == "yes"
+    assert verdicts["Stage I: delta rises"] == "**no**"  # no difference at all
+    rows["direct"]["acc_t2"] = [0.30, 0.61, 0.72]  # better in one seed of three
+    assert "not sure" in tables.claims({"rows": rows})
 
 
 class InProcess:
@@ -105,7 +137,8 @@ class InProcess:
         self.calls.append(self.command)
         if len(self.calls) == self.stop_at:
             raise self.stop
-        main = {"score.py": score.main, "eval.py": evaluation.main}[Path(self.command[1]).name]
+        mains = {"score.py": score.main, "eval.py": evaluation.main, "cell.py": cell.main}
+        main = mains[Path(self.command[1]).name]
         return main(self.command[2:])
 
     def terminate(self):
@@ -116,7 +149,7 @@ class InProcess:
 def calls(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(Popen=InProcess))
+    monkeypatch.setattr(jobs_module, "subprocess", SimpleNamespace(Popen=InProcess))
     monkeypatch.setattr(Run, "stop_on_signals", lambda run: None)  # jobs are threads here
     monkeypatch.setattr(InProcess, "calls", [])
     return InProcess.calls
@@ -125,7 +158,7 @@ def calls(monkeypatch, tmp_path):
 def test_the_whole_grid_runs_and_goes_on_after_a_stop(
     checkpoint, tmp_path, monkeypatch, calls, capsys
 ):
-    flags = ["--seeds", "1", "--out", "grid", "--model", str(checkpoint), *TINY]
+    flags = ["--seeds", "0", "--out", "grid", "--model", str(checkpoint), *TINY]
     monkeypatch.setattr(InProcess, "stop_at", 5)
     monkeypatch.setattr(InProcess, "stop", KeyboardInterrupt())
     assert reproduce.main(flags) == 130
@@ -145,14 +178,14 @@ def test_the_whole_grid_runs_and_goes_on_after_a_stop(
     before = len(calls)
     assert reproduce.main(flags) == 0
     assert [call[-1] for call in calls[before:]].count("--resume") == 1
-    every = jobs("--seeds", 1, "--model", checkpoint)
+    every = jobs("--seeds", 0, "--model", checkpoint)
     begun = len(calls)
     assert begun <= len(every) + 4  # some were begun twice, and what is done is not done again
     printed = capsys.readouterr().out
     out = tmp_path / "grid"
     results = json.loads((out / "results.json").read_text())
-    assert reproduce.table(results) == (out / "table.md").read_text()
-    assert reproduce.table(results) in printed
+    assert tables.table(results) == (out / "table.md").read_text()
+    assert tables.table(results) in printed
     for name in ("multipliers", "sft", "collapse", "attempts"):
         assert (out / f"{name}.png").stat().st_size > 10_000
     star = json.loads((out / "seed-0" / "star" / "results.json").read_text())["star-3"]
@@ -170,7 +203,7 @@ def test_the_whole_grid_runs_and_goes_on_after_a_stop(
 def test_settings_are_kept_once_a_run_has_begun_and_not_before(
     checkpoint, monkeypatch, calls, capsys
 ):
-    out = ["--seeds", "1", "--out", "grid", *TINY]
+    out = ["--seeds", "0", "--out", "grid", *TINY]
     assert reproduce.main([*out, "--model", "./mistyped"]) == 2
     assert not calls and "--model ./mistyped cannot be loaded" in capsys.readouterr().err
     monkeypatch.setattr(InProcess, "stop", InputError("stop"))
@@ -209,14 +242,14 @@ def test_what_is_stopped_is_told_to_save(monkeypatch):
             return Slow(command, **settings)
         return Broken(command, **settings)
 
-    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(Popen=begin))
+    monkeypatch.setattr(jobs_module, "subprocess", SimpleNamespace(Popen=begin))
     folder = Path(tempfile.mkdtemp())
     grid = [
-        reproduce.Job(name, folder / name, "score.py", [name], "results.json", "stage2")
+        jobs_module.Job(name, folder / name, "score.py", [name], "results.json", "stage2")
         for name in ("slow", "broken", "never")
     ]
     with pytest.raises(InputError, match="broken ended with status 3"):
-        reproduce.do_all([grid], 2, ["python"])
+        jobs_module.do_all([grid], 2, ["python"])
     assert ended == ["slow"] and not (folder / "never.log").exists()
 
 
@@ -234,7 +267,7 @@ def test_a_model_of_few_positions_has_fewer_attempts_in_a_row(tmp_path):
 def test_a_run_that_fails_is_named_with_its_log(tmp_path, capsys):
     tokenizer = gemma_tokenizer()
     save_checkpoint(tmp_path / "model", gemma_model(tokenizer), tokenizer)
-    flags = ["--seeds", "1", "--out", str(tmp_path / "grid"), "--model", str(tmp_path / "model")]
+    flags = ["--seeds", "0", "--out", str(tmp_path / "grid"), "--model", str(tmp_path / "model")]
     flags += [*TINY, "--task", "math", "--data", str(tmp_path / "nowhere")]
     assert reproduce.main(flags) == 2
     message = capsys.readouterr().err.splitlines()[-1]
@@ -248,7 +281,11 @@ def test_a_run_that_fails_is_named_with_its_log(tmp_path, capsys):
         (["--alpha", "1"], "--alpha is what the methods differ in"),
         (["--adaptive-beta2"], "--adaptive-beta2 is what the methods differ in"),
         (["--seed", "3"], "--seed is what the methods differ in"),
-        (["--seeds", "0"], "--seeds must be 1 or more"),
+        (["--seeds", "3-1"], "--seeds 3-1 cannot be read"),
+        (["--seeds", "five"], "--seeds five cannot be read"),
+        (["--only", "scores"], "--only scores is none of"),
+        (["--threads", "0"], "--threads must be 1 or more"),
+        (["--map", "--task", "math"], "--map is of the built-in task"),
         (["--k", "1"], "--k 1 leaves no sibling"),
         (["--chess"], "--chess"),
     ],
@@ -272,3 +309,38 @@ def test_what_is_corrected_is_a_share_of_wrong_first_attempts(tmp_path):
     (tmp_path / "score").mkdir()
     (tmp_path / "score" / "results.json").write_text(json.dumps({"base": {}, "stage2": metrics}))
     assert pictures.own(tmp_path, "score") == pytest.approx(0.25)
+
+
+def test_the_map_runs_each_cell_and_subtracts_direct_rl(tmp_path, monkeypatch, calls, capsys):
+    monkeypatch.setattr(landscape, "FARS", (0, 9))
+    monkeypatch.setattr(landscape, "RIGHTS", (0.0, 0.5))
+    fitted = []
+
+    def fit(seed):
+        fitted.append((sft.FAR, sft.PHASES[-1].right, sft.PHASES[-1].slip))
+        tokenizer = sft.builtin_tokenizer()
+        return sft.builtin_model(tokenizer, seed).eval(), tokenizer
+
+    monkeypatch.setattr(learner, "fit_builtin", fit)
+    for name in ("FAR", "PHASES"):  # cell.py sets them for its process
+        monkeypatch.setattr(sft, name, getattr(sft, name))
+    monkeypatch.setattr(landscape, "STEPS", {"steps1": 1, "steps2": 2})
+    flags = ["--map", "--seeds", "5,6", "--out", "map", *TINY[4:]]
+    assert reproduce.main(flags) == 0, capsys.readouterr().err
+    assert set(fitted) == {(0, 0.0, 0.0), (0, 0.5, 1.0), (9, 0.0, 0.0), (9, 0.5, 1.0)}
+    assert len(calls) == 2 * 2 * 4 and (tmp_path / "map" / "map.png").stat().st_size > 10_000
+    results = json.loads((tmp_path / "map" / "results.json").read_text())
+    last = results["cells"][-1]
+    assert (last["far"], last["right"], last["ceiling"]) == (9, 0.5, 1.0)
+    folder = tmp_path / "map" / "far-9-right-0.5" / "seed-6"
+    ours, theirs = (
+        json.loads((folder / name / "results.json").read_text())["stage2"]["acc_t2"]
+        for name in ("score", "direct")
+    )
+    assert landscape.gains(last, "acc_t2")[1] == ours - theirs
+    steps = [
+        len((folder / n / "metrics.jsonl").read_text().splitlines()) for n in ("score", "direct")
+    ]
+    assert steps == [3, 3]
+    assert landscape.table(results) in capsys.readouterr().out
+    assert reproduce.main(flags) == 0 and len(calls) == 16

@@ -14,13 +14,16 @@ PROBLEM = Problem("4+7 9+0 3+6 =", "1 1 9 9", "sums", "p")
 
 
 def reward(attempt: str, problem: Problem) -> float:
-    return TASKS[problem.task].rewards([attempt], [problem])[0]
+    stated = stated_answer(attempt, None, problem.task)
+    return TASKS[problem.task].rewards([stated], [problem])[0]
 
 
 @pytest.mark.parametrize(
     ("attempt", "expected"),
     [("1 1 9 9", 1.0), ("1 1 9 8", 0.0), ("1199", 0.0), ("0 1 1 9 9", 0.0), ("", 0.0)]
-    + [("1 1 9", 0.0), ("1 1 9 9 9", 0.0), ("1 1 9 9 =", 0.0), ("<bos> 1 1 9 9", 0.0)],
+    + [("1 1 9", 0.0), ("1 1 9 9 9", 0.0), ("1 1 9 9 =", 0.0), ("<bos> 1 1 9 9", 0.0)]
+    + [("fast 1 1 9 9", 1.0), ("slow 1 1 9 9", 1.0), ("no 1 1 9 9", 1.0), ("no", 0.0)]
+    + [("ok 1 1 9 9", 0.0), ("no no 1 1 9 9", 0.0), ("1 1 9 9 no", 0.0), ("ok", 0.0)],
 )
 def test_only_the_digits_of_the_sum_are_right(attempt, expected):
     assert reward(attempt, PROBLEM) == expected
@@ -65,8 +68,16 @@ def test_of_two_final_answers_in_one_sentence_none_counts():
 
 
 def test_an_unreadable_attempt_states_nothing():
-    assert stated_answer("again 1", "sums") is None
-    assert stated_answer("1 2", "sums") == "1 2"
+    assert stated_answer("again 1", None, "sums") is None
+    assert stated_answer("1 2", None, "sums") == "1 2"
+
+
+def test_ok_alone_stands_for_the_answer_of_the_attempt_before():
+    assert stated_answer("ok", "1 2", "sums") == "1 2"
+    assert stated_answer("ok", None, "sums") is None
+    assert stated_answer("ok 1 3", "1 2", "sums") is None  # says that nothing changes, and changes
+    assert stated_answer("no 1 3", "1 2", "sums") == "1 3"
+    assert stated_answer("", "1 2", "math") is stated_answer("ok", "1 2", "math") is None
 
 
 ANSWERS = Path(__file__).parent / "code" / "answers.jsonl"

@@ -383,9 +383,9 @@ def test_training_samples_at_temperature_1_from_the_raw_softmax(learner, problem
 
 def test_the_end_token_is_in_the_loss_and_everything_else_after_it_is_not(chat, problems):
     close, other = chat.close_id, chat.end_ids[1]
-    cut = Attempt([5, 6, 7], [0.0] * 3, "0 1 2", finished=False, reward=0.0)
-    ended = Attempt([8, other], [0.0] * 2, "3", finished=True, reward=1.0)
-    empty = Attempt([close], [0.0], "", finished=True, reward=0.0)
+    cut = Attempt([5, 6, 7], [0.0] * 3, "0 1 2", None, finished=False, reward=0.0)
+    ended = Attempt([8, other], [0.0] * 2, "3", None, finished=True, reward=1.0)
+    empty = Attempt([close], [0.0], "", None, finished=True, reward=0.0)
     x1 = chat.x1(problems[0])
     for y1, y2 in itertools.product((cut, ended, empty), repeat=2):
         episode = score.Episode(problems[0], x1, (y1, y2))

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -13,7 +14,18 @@ import sft
 from data import COLUMNS, Problem, add_columns
 from sample import Attempt, Episode, transcript
 from score import STAGES
-from sft import add_shortsightedly, builtin_tokenizer, draw, fit_builtin, negative_log_likelihood
+from sft import (
+    FIT_ATTEMPTS,
+    PHASES,
+    Phase,
+    add_shortsightedly,
+    builtin_tokenizer,
+    columns_of,
+    draw,
+    draw_later,
+    fit_builtin,
+    negative_log_likelihood,
+)
 from tasks import load_problems, read_chat
 
 
@@ -24,7 +36,7 @@ def builtin_chat():
 
 @pytest.mark.parametrize(
     ("reach", "digits"),
-    [(0, "3 9 9 2"), (1, "3 9 0 2"), (2, "3 0 0 2"), (3, "4 0 0 2"), (8, "4 0 0 2")],
+    [(0, "3 9 9 2"), (1, "3 9 0 2"), (2, "3 0 0 2"), (3, "4 0 0 2"), (9, "4 0 0 2")],
 )
 def test_a_carry_is_seen_from_so_many_columns_away(reach, digits):
     assert add_shortsightedly([(1, 2), (4, 5), (9, 0), (4, 8)], reach) == digits
@@ -32,41 +44,57 @@ def test_a_carry_is_seen_from_so_many_columns_away(reach, digits):
 
 def test_an_attempt_that_sees_all_columns_is_right():
     for problem in load_problems("sums", "train", 50):
-        columns = [tuple(map(int, c.split("+"))) for c in problem.question.split()[:-1]]
+        columns = columns_of(problem)
         assert add_shortsightedly(columns, COLUMNS) == problem.answer == add_columns(columns)
 
 
 def test_transcripts_are_laid_out_as_the_chat_does_and_only_attempts_are_taught(builtin_chat):
     chat, rng = builtin_chat, random.Random(0)
     problem = load_problems("sums", "train", 1)[0]
-    for attempts in (1, 4):
-        transcript = draw(chat, problem, attempts, rng)
-        tokens = [token for token, _ in transcript]
+    for rewrites, length in ((0.0, 2), (1.0, COLUMNS + 2)):  # all `ok`, or all `no` and digits
+        drawn = draw(chat, problem, Phase(1, slow=0.5, right=0.0, slip=rewrites), rng)
+        tokens, taught = map(list, zip(*drawn, strict=True))
         x1 = chat.x1(problem)
         assert tokens[: len(x1)] == x1
-        block = [False] * len(chat.p1) + [True] * (COLUMNS + 1)
-        taught = [taught for _, taught in transcript]
-        assert taught == [False] * len(x1) + block[len(chat.p1) :] + block * (attempts - 1)
-        assert tokens.count(chat.close_id) == attempts
+        again = [False] * len(chat.p1) + [True] * length
+        first = [False] * len(x1) + [True] * (COLUMNS + 2)
+        assert taught == first + again * (FIT_ATTEMPTS - 1)
+        assert tokens.count(chat.close_id) == FIT_ATTEMPTS
 
 
-def test_later_attempts_copy_correct_or_slip_in_the_shares_of_the_mixture(builtin_chat):
-    problem, rng, copies = load_problems("sums", "train", 1)[0], random.Random(0), 0
-    wide = Problem(
-        problem.question, "0 0 0 0 0 0 0 0", "sums", "p"
-    )  # its "right" gives itself away
-    rights = 0
-    for _ in range(2000):
-        tokens = [token for token, taught in draw(builtin_chat, wide, 2, rng) if taught]
-        first, second = tokens[: COLUMNS + 1], tokens[COLUMNS + 1 :]
-        copies += first == second
-        rights += builtin_chat.text(second) == wide.answer
-    assert copies / 2000 == pytest.approx(sft.MIXTURE["copy"], abs=0.04)
-    assert rights / 2000 == pytest.approx(sft.MIXTURE["right"], abs=0.04)
+@pytest.mark.parametrize("phase", PHASES)
+def test_attempts_are_drawn_in_the_shares_of_the_phase(phase, builtin_chat):
+    rng, n = random.Random(0), 4000
+    problems = [p for p in load_problems("sums", "train", 400) if int(p.level) > 1]
+    later = [draw_later(p, phase, rng) == f"no {p.answer}" for p in rng.choices(problems, k=n)]
+    assert sum(later) / n == pytest.approx(phase.right, abs=0.02)
+    words = Counter()
+    for problem in rng.choices(problems, k=n):
+        drawn = draw(builtin_chat, problem, phase, rng)
+        attempts = builtin_chat.tokenizer.decode([token for token, taught in drawn if taught])
+        first, *others = attempts.split(" <end>")[:FIT_ATTEMPTS]
+        words.update([first.split()[0], *(other.split()[0] for other in others)])
+        carries_lost = first.split()[1:] != problem.answer.split()
+        assert carries_lost or first.startswith("slow")  # `fast` loses every carry
+    assert words["slow"] / n == pytest.approx(phase.slow, abs=0.03)
+    rewritten = words["no"] / n / (FIT_ATTEMPTS - 1)
+    assert rewritten == pytest.approx(phase.right + phase.slip, abs=0.03)
+    assert set(words) == {"fast", "slow", "no", "ok"}
+
+
+def test_a_slip_is_a_wrong_carry_into_one_column():
+    rng, slips = random.Random(0), set()
+    problem = load_problems("sums", "train", 1)[0]
+    for _ in range(300):
+        slips.add(draw_later(problem, Phase(1, slow=0.0, right=0.0, slip=1.0), rng))
+    columns = columns_of(problem)
+    assert slips == {f"no {add_columns(columns, flipped=i)}" for i in range(COLUMNS)}
+    assert f"no {problem.answer}" not in slips
 
 
 def test_fitting_learns_and_is_the_same_for_the_same_seed(monkeypatch):
-    monkeypatch.setattr(sft, "FIT_PHASES", ((12, 8, 2), (2, 8, 4)))
+    monkeypatch.setattr(sft, "PHASES", (Phase(12, 0.5, 0.2, 0.4), Phase(2, 0.2, 0.0, 0.0)))
+    monkeypatch.setattr(sft, "FIT_BATCH", 8)
     losses, plain = [], sft.negative_log_likelihood
 
     def recorded(model, rows):
@@ -88,7 +116,7 @@ ONE, OTHER = Problem("1", "", "sums", "one"), Problem("2", "", "sums", "other")
 
 
 def attempt(text, right):
-    return Attempt([ord(text)], [0.0], text, True, float(right))
+    return Attempt([ord(text)], [0.0], text, text, True, float(right))
 
 
 def episode(problem, one, two):

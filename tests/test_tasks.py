@@ -132,8 +132,8 @@ def test_gemma_gets_its_own_layout_with_one_bos_no_system_role_and_end_of_turn()
     assert tokenizer.decode(chat.p1) == (
         f"\n<start_of_turn>user\n{tasks.MATH_CORRECTION}<end_of_turn>\n<start_of_turn>model\n"
     )
-    ended = Attempt([300, 301, 1], [0.0] * 3, "", True, 0.0)  # by <eos>, the other end token
-    cut = Attempt([300, 301], [0.0] * 2, "", False, 0.0)
+    ended = Attempt([300, 301, 1], [0.0] * 3, "", None, True, 0.0)  # by <eos>, the other end token
+    cut = Attempt([300, 301], [0.0] * 2, "", None, False, 0.0)
     for attempt, closing in ((ended, []), (cut, [107])):
         joined = [t for part, _ in segments(chat, x1, [attempt]) for t in part]
         assert joined == [*x1, *attempt.tokens, *closing, *chat.p1]

@@ -1,0 +1,118 @@
+"""When does SCoRe pay? Its gain over direct multi-turn RL, for other base models of the same task.
+
+Two things change: how high attempt 1 can get, by what a slow first attempt sees (--far of cell.py),
+and how often the base, asked again, rewrites its answer rightly (--right). `python
+experiments/reproduce.py --map` makes the runs, with Stage II of 60 steps; it writes results.json,
+table.md and map.png.
+"""
+
+from pathlib import Path
+from statistics import mean, stdev
+
+import runs
+from experiments.jobs import Job
+from experiments.tables import as_markdown, short
+from figures import canvas, write_picture
+from sft import add_shortsightedly, columns_of
+from tasks import load_problems
+
+FARS = (1, 2, 3, 5)
+RIGHTS = (0.005, 0.015, 0.045, 0.135)
+STEPS = {"steps1": 60, "steps2": 60}
+
+
+def cells() -> list[tuple[int, float]]:
+    return [(far, right) for far in FARS for right in RIGHTS]
+
+
+def folder_of(out: Path, far: int, right: float, seed: int) -> Path:
+    return out / f"far-{far}-right-{right}" / f"seed-{seed}"
+
+
+def plan(out: Path, seeds: list[int], given: list[str]) -> list[list[Job]]:
+    """SCoRe in each cell, and then direct RL from the same base model; seed by seed."""
+    waves = [[], []]
+    for seed in seeds:
+        for far, right in cells():
+            folder, name = folder_of(out, far, right, seed), f"{far} {right} {seed}"
+            base = f"{folder}/score/base"
+            steps = " ".join(f"--{key} {value}" for key, value in STEPS.items())
+            score = f"--far {far} --right {right} {steps}"
+            direct = f"--stage 2 --alpha 0 --model {base} --init {base}"
+            direct += f" --steps2 {sum(STEPS.values())}"
+            for wave, method, flags, script in (
+                (waves[0], "score", score, "experiments/cell.py"),
+                (waves[1], "direct", direct, "score.py"),
+            ):
+                words = [*flags.split(), "--seed", str(seed), *given]
+                where = folder / method
+                job = Job(f"{method} {name}", where, script, words, "results.json", "stage2")
+                wave.append(job)
+    return waves
+
+
+def ceiling(far: int) -> float:
+    """Share of held-out sums that can be had by seeing a carry so many columns away."""
+    problems = load_problems("sums", "test", 2000)
+    return mean(add_shortsightedly(columns_of(p), far) == p.answer for p in problems)
+
+
+def collect(out: Path, seeds: list[int], settings: dict) -> dict:
+    """By cell: what the base model does when it is sampled, and both methods' metrics by seed."""
+    found = []
+    for far, right in cells():
+        folders = [folder_of(out, far, right, seed) for seed in seeds]
+        of_score, of_direct = (
+            [runs.read_json(folder / name / "results.json") for folder in folders]
+            for name in ("score", "direct")
+        )
+        sampled = mean(results["base, sampled"]["delta_i_to_c"] for results in of_score)
+        cell = {"far": far, "right": right, "ceiling": ceiling(far), "sampled i_to_c": sampled}
+        for name, results in (("score", of_score), ("direct", of_direct)):
+            for column in ("acc_t1", "acc_t2", "delta"):
+                cell[f"{name} {column}"] = [one["stage2"][column] for one in results]
+        found.append(cell)
+    return {"settings": settings, "seeds": seeds, "cells": found}
+
+
+def gains(cell: dict, column: str) -> list[float]:
+    """SCoRe less direct RL, by seed."""
+    pairs = zip(cell[f"score {column}"], cell[f"direct {column}"], strict=True)
+    return [ours - theirs for ours, theirs in pairs]
+
+
+def table(results: dict) -> str:
+    """Each cell: both methods, and the gain with its standard deviation over seeds."""
+    rows = []
+    for cell in results["cells"]:
+        both = [short(mean(cell[f"{name} acc_t2"])) for name in ("direct", "score")]
+        gained = [
+            f"{short(mean(gains(cell, column)))} ± {short(stdev(gains(cell, column)))}"
+            for column in ("acc_t2", "delta")
+        ]
+        seen = [short(cell["ceiling"]), f"{cell['right']:g}", short(cell["sampled i_to_c"])]
+        rows.append([*seen, *both, *gained])
+    heads = ["ceiling of attempt 1", "right rewrites", "i→c, sampled base", "direct RL: acc@t2"]
+    return as_markdown([*heads, "SCoRe: acc@t2", "gain in acc@t2", "gain in delta"], rows)
+
+
+def draw(out: Path, results: dict) -> Path:
+    """map.png: the gain in acc@t2 and in delta, over both."""
+    figure, axes = canvas(1, 2, (10, 4))
+    by_place = {(cell["far"], cell["right"]): cell for cell in results["cells"]}
+    for axis, column, title in zip(axes, ("acc_t2", "delta"), ("acc@t2", "delta"), strict=True):
+        rows = [[mean(gains(by_place[far, right], column)) for right in RIGHTS] for far in FARS]
+        most = max(abs(value) for row in rows for value in row)
+        axis.imshow(rows, cmap="PuOr_r", vmin=-most, vmax=most, origin="lower", aspect="auto")
+        for y, row in enumerate(rows):
+            for x, value in enumerate(row):
+                color = "white" if abs(value) > 0.6 * most else "black"
+                axis.text(x, y, f"{value:+.2f}", ha="center", va="center", color=color)
+        axis.set_xticks(range(len(RIGHTS)), [f"{100 * right:g} %" for right in RIGHTS])
+        labels = [f"{by_place[far, RIGHTS[0]]['ceiling']:.2f}" for far in FARS]
+        axis.set_yticks(range(len(FARS)), labels)
+        axis.set_xlabel("later attempts of the base's data that are right rewrites")
+        axis.set_ylabel("ceiling of attempt 1")
+        axis.set_title(f"SCoRe less direct RL, in {title}", fontsize=11)
+        axis.tick_params(length=0)
+    return write_picture(figure, out / "map.png")

@@ -1,0 +1,201 @@
+"""What was found, as tables: every method, and every claim of the paper with our answer.
+
+    python experiments/tables.py     those of RESULTS.md, from the results in assets/
+
+p values are of paired t-tests over seeds, those of the claims corrected for their number (Holm).
+"""
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpmath import betainc
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+ROWS = {  # by run; base and stage1 are of SCoRe's
+    "base": "base model",
+    "refine": "Self-Refine",
+    "star": "STaR, D",
+    "star+": "STaR, D+",
+    "pair": "Pair-SFT, D",
+    "pair+": "Pair-SFT, D+",
+    "single": "single-turn RL (no multi-turn training)",
+    "standard": "standard multi-turn RL (y2 alone)",
+    "direct": "direct multi-turn RL (y1 and y2)",
+    "stage1": "SCoRe after Stage I",
+    "score": "**SCoRe**",
+    "no-stage1": "SCoRe without Stage I",
+    "no-bonus": "SCoRe without the bonus",
+    "star-stage2": "SCoRe with STaR in Stage II",
+    "offline": "SCoRe without online first attempts",
+}
+COLUMNS = {
+    "acc_t1": "acc@t1",
+    "acc_t2": "acc@t2",
+    "delta": "delta",
+    "delta_i_to_c": "i→c",
+    "delta_c_to_i": "c→i",
+    "copied": "copied",
+}
+
+
+# --- 1. Numbers ----------------------------------------------------------------------------------
+
+
+def p_value(ours: list[float], theirs: list[float]) -> float | None:
+    """Two-sided p of a paired t-test over seeds; None if there is too little to test.
+
+    P(|T| >= t) = I_x(ν / 2, 1 / 2) with x = ν / (ν + t²) and ν = n - 1 degrees of freedom.
+    """
+    differences = [round(a - b, 9) for a, b in zip(ours, theirs, strict=True)]
+    if len(differences) < 2 or statistics.stdev(differences) == 0:
+        return None
+    n, spread = len(differences), statistics.stdev(differences)
+    t = statistics.mean(differences) / (spread / n**0.5)
+    return float(betainc((n - 1) / 2, 0.5, 0, (n - 1) / (n - 1 + t * t), regularized=True))
+
+
+def holm(p_values: list[float | None]) -> list[float | None]:
+    """Holm's correction for many tests: the smallest p times their number, and so on."""
+    tested = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    corrected, highest = list(p_values), 0.0
+    for rank, (p, i) in enumerate(tested):
+        highest = max(highest, min(1.0, p * (len(tested) - rank)))
+        corrected[i] = highest
+    return corrected
+
+
+def short(value: float) -> str:
+    """Three decimals, without the zero before them, and without a sign if all are zero."""
+    return f"{round(value, 3) + 0.0:.3f}".replace("0.", ".")
+
+
+def short_p(p: float | None) -> str:
+    return "" if p is None else "< .001" if p < 0.001 else short(p)
+
+
+def mean_and_range(values: list[float]) -> str:
+    """The mean, and the lowest and highest of the seeds."""
+    spread = f" ({short(min(values))} to {short(max(values))})" if len(values) > 1 else ""
+    return short(statistics.mean(values)) + spread
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """The mean, and the standard deviation over seeds."""
+    parts = [statistics.mean(values)] + ([statistics.stdev(values)] if len(values) > 1 else [])
+    return " ± ".join(map(short, parts))
+
+
+def as_markdown(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+# --- 2. All methods ------------------------------------------------------------------------------
+
+
+def table(results: dict) -> str:
+    """Mean ± standard deviation over seeds of each method."""
+    rows = [
+        [ROWS[name], *(mean_and_spread(metrics[column]) for column in COLUMNS)]
+        for name, metrics in results["rows"].items()
+    ]
+    return as_markdown(["", *COLUMNS.values()], rows)
+
+
+def ranges(results: dict, names: tuple[str, ...]) -> str:
+    """Some methods, with the lowest and highest of the seeds."""
+    columns = ("acc_t1", "acc_t2", "delta")
+    rows = [
+        [ROWS[name], *(mean_and_range(results["rows"][name][column]) for column in columns)]
+        for name in names
+    ]
+    return as_markdown(["", *(COLUMNS[column] for column in columns)], rows)
+
+
+# --- 3. Claims of the paper ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Claim:
+    """In the paper, `larger` is larger than `smaller`: (row, column) each.
+
+    or_equal: it is not smaller by more than half a point.
+    """
+
+    words: str
+    larger: tuple[str, str]
+    smaller: tuple[str, str]
+    or_equal: bool = False
+
+
+def below(name: str, words: str) -> list[Claim]:
+    """That SCoRe is better than another method, in acc@t2 and in delta."""
+    return [
+        Claim(f"{words}: acc@t2 below SCoRe's", ("score", "acc_t2"), (name, "acc_t2")),
+        Claim(f"{words}: delta below SCoRe's", ("score", "delta"), (name, "delta")),
+    ]
+
+
+def copies(name: str, words: str) -> Claim:
+    return Claim(f"{words}: copies more than SCoRe", (name, "copied"), ("score", "copied"))
+
+
+def gains_nothing(name: str, words: str) -> Claim:
+    return Claim(f"{words}: attempt 2 is no better", (name, "acc_t1"), (name, "acc_t2"), True)
+
+
+CLAIMS = [
+    gains_nothing("base", "base model"),
+    gains_nothing("refine", "Self-Refine"),
+    Claim("STaR on D: acc@t2 below SCoRe's", ("score", "acc_t2"), ("star", "acc_t2")),
+    Claim("Pair-SFT: acc@t2 below SCoRe's", ("score", "acc_t2"), ("pair", "acc_t2")),
+    Claim("Pair-SFT corrects given attempts better than own", ("pair", "given"), ("pair", "own")),
+    gains_nothing("single", "single-turn RL"),
+    copies("direct", "direct RL"),
+    *below("direct", "direct RL"),
+    copies("standard", "RL on y2 alone"),
+    *below("standard", "RL on y2 alone"),
+    Claim("Stage I: attempt 1 is held, not better", ("base", "acc_t1"), ("stage1", "acc_t1"), True),
+    Claim("Stage I: attempt 1 is held, not worse", ("stage1", "acc_t1"), ("base", "acc_t1"), True),
+    Claim("Stage I: delta rises", ("stage1", "delta"), ("base", "delta")),
+    Claim("Stage II: acc@t1 above Stage I's", ("score", "acc_t1"), ("stage1", "acc_t1")),
+    Claim("Stage II: acc@t2 above Stage I's", ("score", "acc_t2"), ("stage1", "acc_t2")),
+    *below("no-stage1", "without Stage I"),
+    *below("no-bonus", "without the bonus"),
+    *below("star-stage2", "STaR in Stage II"),
+    *below("offline", "no online first attempts"),
+]
+
+
+def claims(results: dict) -> str:
+    """Each claim, both numbers, p and whether we agree."""
+    pairs = [
+        [results["rows"][row][column] for row, column in (c.larger, c.smaller)] for c in CLAIMS
+    ]
+    lines = []
+    for claim, (large, small), p in zip(
+        CLAIMS, pairs, holm([p_value(*pair) for pair in pairs]), strict=True
+    ):
+        difference = statistics.mean(large) - statistics.mean(small)
+        agrees = difference > (-0.005 if claim.or_equal else 0)
+        sure = claim.or_equal or (p is not None and p < 0.05)
+        verdict = ("yes" if sure else "not sure") if agrees else "**no**"
+        relation = "≥" if claim.or_equal else ">"
+        numbers = f"{short(statistics.mean(large))} {relation} {short(statistics.mean(small))}"
+        lines.append([claim.words, numbers, short_p(p), verdict])
+    return as_markdown(["in the paper", "here, if so", "p", "so here"], lines)
+
+
+def main() -> None:
+    """Print the tables of RESULTS.md."""
+    results = json.loads((ASSETS / "results.json").read_text("utf-8"))
+    print(claims(results), table(results), sep="\n", end="")
+    for path in sorted(ASSETS.glob("results-*.json")):
+        again = json.loads(path.read_text("utf-8"))
+        print(f"\n{path.name}\n\n{ranges(again, tuple(again['rows']))}", end="")
+
+
+if __name__ == "__main__":
+    main()
