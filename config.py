@@ -41,8 +41,8 @@ class Config:
     ids: str = flag("", "of MBPP's problems to train on; NOT STATED")
     out: str = flag("runs/sums", "run folder")
     seed: int = flag(0, "random seed for base model, data order and sampling")
-    steps1: int = flag(60, "updates in stages 0, 1, 1b; Table 8: 3000 in all, split NOT STATED")
-    steps2: int = flag(140, "updates in Stage II, and in one of star or pair")
+    steps1: int = flag(80, "updates in stages 0, 1, 1b; Table 8: 3000 in all, split NOT STATED")
+    steps2: int = flag(100, "updates in Stage II, and in one of star or pair")
     attempts: int = flag(2, "attempts at a problem in Stage II; 3 goes with --stage 1,1b,2")
     batch: int = flag(
         128, "episodes per step, k per problem; Table 8: 512, whether episodes is NOT STATED"

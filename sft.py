@@ -9,10 +9,10 @@ three attempts, each of which begins with a word of its own, as a longer answer 
     later ones  ok            stays with the answer before
                 no 8 0 1      rewrites it: right, or with a slip, the carry into one column wrong
 
-First the model learns to do all of these, then how seldom: most first attempts are fast, nearly all
-others `ok`, and of the rewritten ones most have a slip. So the greedy base adds column by column
-and finds nothing to correct. All of this is NOT IN PAPER: it stands in for Gemini, and goes through
-the same code as google/gemma-2-2b-it.
+First the model learns to do all of these. Then it learns how seldom: most first attempts are fast,
+nearly all others `ok`, and most rewrites have a slip. So the greedy base adds column by column and
+keeps its answer, though it could correct it. All of this is NOT IN PAPER: it stands in for Gemini,
+and goes through the same code as google/gemma-2-2b-it.
 
 STaR and Pair-SFT raise the likelihood of y2 in traces x1 y1 p1 y2 with a right y2 (section 4.1):
 
@@ -60,8 +60,8 @@ class Phase:
 
 FAR = 3
 PHASES = (
-    Phase(500, slow=0.5, right=0.22, slip=0.38),
-    Phase(150, slow=0.2, right=0.015, slip=0.025),
+    Phase(530, slow=0.5, right=0.5, slip=0.3),
+    Phase(120, slow=0.3, right=0.009, slip=0.013),
 )
 FIT_BATCH, FIT_ATTEMPTS = 128, 3  # transcripts a step, attempts in each
 FIT_LR, FIT_RAMP, FIT_DECAY = 6e-3, 20, 200  # peak; steps of linear rise and of linear decay

@@ -17,8 +17,8 @@ from sft import add_shortsightedly, columns_of
 from tasks import load_problems
 
 FARS = (1, 2, 3, 5)
-RIGHTS = (0.005, 0.015, 0.045, 0.135)
-STEPS = {"steps1": 60, "steps2": 60}
+RIGHTS = (0.003, 0.009, 0.027, 0.081)
+STEPS = {"steps1": 80, "steps2": 60}
 
 
 def cells() -> list[tuple[int, float]]:

@@ -4,7 +4,8 @@ curve.png         SCoRe learns to correct, direct RL to copy: accuracy of both a
 multipliers.png   what each token is multiplied by, asked of the objectives themselves
 sft.png           why SFT fails where it does: how much it changes (Figure 3), and corrections
                   of given against own first attempts (Figure 4)
-collapse.png      when correcting is lost: changed answers and delta in training (Figure 5)
+collapse.png      when correcting is lost: changed answers in training (Figure 5), and whether
+                  a changed answer is better than the one before
 attempts.png      ten attempts in a row (Figure 8), by level (Figure 7), votes (Figure 1)
 
 Lines are means over seeds, bands go from the lowest seed to the highest.
@@ -195,19 +196,28 @@ def draw_collapse(folders: list[Path]):
         steps, lines, start = in_training(folders, name)
         if name == "no-bonus":  # it goes on from SCoRe's Stage I
             steps = [step + in_training(folders, "score")[2] for step in steps]
-        changed = [smoothed([1 - line["copied"] for line in one]) for one in lines]
-        delta = [smoothed([line["delta"] for line in one]) for one in lines]
+        changed = [[1 - line["copied"] for line in one] for one in lines]
         color, line = STYLES[name]
-        over_seeds(axes[0], steps, changed, NAMES[name], color, line, linewidth=2)
-        over_seeds(axes[1], steps, delta, NAMES[name], color, line, linewidth=2)
+        curves = list(map(smoothed, changed))
+        over_seeds(axes[0], steps, curves, NAMES[name], color, line, linewidth=2)
+        gain = gain_of_a_change(changed, [[line["delta"] for line in one] for one in lines])
+        axes[1].plot(steps, gain, line, color=color, label=NAMES[name], linewidth=2)
         for axis in axes if name == "score" else ():
             axis.axvline(start, color="0.8", zorder=0)
+    axes[1].axhline(0, color="0.6", linewidth=0.8, zorder=0)
     axes[0].set_ylabel("share of changed answers")
-    axes[1].set_ylabel("delta")
+    axes[1].set_ylabel("what a changed answer gains")
     for axis in axes:
         axis.set_xlabel("step (Stage II begins at the grey line)")
     beside(axes[1])
     return figure
+
+
+def gain_of_a_change(changed: list[list[float]], delta: list[list[float]]) -> list[float]:
+    """(i→c less c→i) over the share of changed answers, of 20 steps and all seeds together."""
+    sums = ([sum(column) for column in zip(*curves, strict=True)] for curves in (delta, changed))
+    gained, count = (smoothed(one, window=20) for one in sums)
+    return [g / max(n, 1e-9) for g, n in zip(gained, count, strict=True)]
 
 
 def draw_attempts(folders: list[Path]):

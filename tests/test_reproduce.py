@@ -344,3 +344,9 @@ def test_the_map_runs_each_cell_and_subtracts_direct_rl(tmp_path, monkeypatch, c
     assert steps == [3, 3]
     assert landscape.table(results) in capsys.readouterr().out
     assert reproduce.main(flags) == 0 and len(calls) == 16
+
+
+def test_what_a_changed_answer_gains_is_delta_over_the_changed_of_all_seeds():
+    changed, delta = [[0.5] * 30, [0.1] * 30], [[0.2] * 30, [-0.1] * 30]
+    assert pictures.gain_of_a_change(changed, delta) == pytest.approx([0.1 / 0.6] * 30)
+    assert pictures.gain_of_a_change([[0.0]], [[0.0]]) == [0.0]
