@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import make_model
 
+import sample
+from metrics import measure
 from ranks import micro_batches
 from sample import Sampling, draw, rollout, segments
 from sft import builtin_tokenizer
@@ -138,3 +140,26 @@ def test_continued_episodes_keep_their_first_attempts(model, chat, problems):
     continued = rollout(model, chat, problems, sampling, begun)
     assert [e.attempts[0] for e in continued] == [e.attempts[0] for e in begun]
     assert all(e.offline for e in continued) and not any(e.offline for e in begun)
+
+
+def test_ok_states_what_the_attempt_before_states_through_any_number_of_attempts(
+    model, problems, monkeypatch
+):
+    chat, problem = read_chat(builtin_tokenizer(), model, "sums"), problems[0]
+    wrong = " ".join("1" if digit == "0" else "0" for digit in problem.answer.split())
+    said = [f"fast {wrong}", "ok", "ok", f"no {problem.answer}", "ok", f"ok {wrong}", "ok"]
+    encode = chat.tokenizer.convert_tokens_to_ids
+    replies = iter([[*encode(text.split()), chat.close_id] for text in said])
+
+    def decode(cache, contexts, *_):
+        reply = next(replies)
+        return [[(token, 0.0) for token in reply] for _ in contexts]
+
+    monkeypatch.setattr(sample, "decode", decode)
+    (begun,) = rollout(model, chat, [problem], Sampling(1, 12))
+    (episode,) = rollout(model, chat, [problem], Sampling(7, 12), [begun])  # and continued
+    right = problem.answer
+    stated = [attempt.stated for attempt in episode.attempts]
+    assert stated == [wrong, wrong, wrong, right, right, None, None]
+    assert [attempt.reward for attempt in episode.attempts] == [0, 0, 0, 1, 1, 0, 0]
+    assert measure([episode])["copied"] == 1  # though the words of attempt 2 are others

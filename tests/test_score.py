@@ -498,3 +498,19 @@ def test_beta2_follows_the_ratio_of_reward_and_kl_by_a_tenth_a_step_within_bound
         assert adapted_beta2(beta2, line, cfg) == pytest.approx(expected)
         both = {**line, "stage": "1b", "kl_t1": kl / 4, "kl_t2": 3 * kl / 4, "kl_t3": 99.0}
         assert adapted_beta2(beta2, both, cfg) == pytest.approx(expected)
+
+
+def test_the_correction_that_is_shown_is_one():
+    problem = score.Problem("2+5 9+0 3+8 =", "8 0 1", "sums", "p")
+    wrong = Attempt([1], [0.0], "fast 7 9 1", "7 9 1", True, 0.0)
+    right = Attempt([1], [0.0], "no 8 0 1", "8 0 1", True, 1.0)
+    kinds = [(wrong, wrong), (right, right), (right, wrong)]
+    others = [score.Episode(problem, [1], pair) for pair in kinds]
+    shown = score.first_correction([*others, score.Episode(problem, [1], (wrong, right))], "stage2")
+    assert shown.splitlines() == [
+        "stage2 corrects, on a held-out problem:",
+        "  problem    2+5 9+0 3+8 =   (answer: 8 0 1)",
+        "  attempt 1  fast 7 9 1   wrong",
+        "  attempt 2  no 8 0 1   right",
+    ]
+    assert score.first_correction(others, "stage2") == "stage2 corrects no held-out problem"
