@@ -11,7 +11,7 @@ from torch.distributed.run import get_args_parser
 import metrics
 import score
 from config import Config, check_settings, configure, parse_eval_flags, parse_train_flags, plan_of
-from experiments import memory, reproduce
+from experiments import memory, reproduce, tables
 from sample import Attempt, Episode
 from score import STAGES
 from sft import builtin_model, builtin_tokenizer
@@ -73,10 +73,16 @@ def test_the_memory_tables_are_what_their_command_prints():
     assert memory.table(cfg) in benchmarks and memory.what_fits(cfg) in benchmarks
 
 
-def test_the_table_is_what_reproduce_prints_of_the_results_beside_it():
-    results = json.loads((Path(score.__file__).parent / "assets" / "results.json").read_text())
-    assert results["seeds"] == 5 and results["settings"] == {}
-    assert reproduce.table(results) in README
+def test_the_tables_are_those_of_the_results_in_assets():
+    root = Path(score.__file__).parent
+    results = json.loads((root / "assets" / "results.json").read_text())
+    assert results["settings"] == {} and len(results["seeds"]) >= 5
+    published = (root / "RESULTS.md").read_text()
+    assert tables.table(results) in published and tables.claims(results) in published
+    rows = ("base", "star", "pair", "direct", "stage1", "score", "no-bonus")
+    assert tables.ranges(results, rows) in README
+    seeds = f"--seeds {results['seeds'][0]}-{results['seeds'][-1]}"
+    assert seeds in README and seeds in published
 
 
 def test_the_settings_of_math_are_table_8():
