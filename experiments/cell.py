@@ -17,6 +17,8 @@ import ranks
 import score
 import sft
 
+SLIPS = sft.PHASES[-1].slip / sft.PHASES[-1].right  # to each right rewrite
+
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns score.py's exit status."""
@@ -25,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--right", type=float, default=sft.PHASES[-1].right)
     args, given = parser.parse_known_args(argv)
     sft.FAR, (first, last) = args.far, sft.PHASES
-    sft.PHASES = (first, replace(last, right=args.right, slip=args.right * last.slip / last.right))
+    sft.PHASES = (first, replace(last, right=args.right, slip=SLIPS * args.right))
     return score.main(given)
 
 

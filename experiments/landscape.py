@@ -6,6 +6,7 @@ experiments/reproduce.py --map` makes the runs, with Stage II of 60 steps; it wr
 table.md and map.png.
 """
 
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -51,6 +52,7 @@ def plan(out: Path, seeds: list[int], given: list[str]) -> list[list[Job]]:
     return waves
 
 
+@cache
 def ceiling(far: int) -> float:
     """Share of held-out sums that can be had by seeing a carry so many columns away."""
     problems = load_problems("sums", "test", 2000)

@@ -182,10 +182,10 @@ def claims(results: dict) -> str:
         agrees = difference > (-0.005 if claim.or_equal else 0)
         sure = claim.or_equal or (p is not None and p < 0.05)
         verdict = ("yes" if sure else "not sure") if agrees else "**no**"
-        relation = "≥" if claim.or_equal else ">"
+        relation = "=" if round(difference, 3) == 0 else ">" if difference > 0 else "<"
         numbers = f"{short(statistics.mean(large))} {relation} {short(statistics.mean(small))}"
         lines.append([claim.words, numbers, short_p(p), verdict])
-    return as_markdown(["in the paper", "here, if so", "p", "so here"], lines)
+    return as_markdown(["in the paper", "here", "p", "so here"], lines)
 
 
 def main() -> None:
