@@ -35,7 +35,7 @@ from metrics import as_table, by_group, evaluate, intervals, measure
 from models import load_checkpoint
 from runs import base_in, locked, read_json, write_atomically
 from sample import Attempt, Episode, Sampling
-from tasks import TASKS, Chat, agree, check_task, load_problems, read_chat, refining, stated_answer
+from tasks import TASKS, Chat, agree, check_task, judge, load_problems, read_chat, refining
 
 # --- 1. Votes: is it better to sample more, or to correct? ---------------------------------------
 
@@ -123,9 +123,7 @@ def given_episodes(
     problems: list[Problem], attempts: list[str], chat: Chat, longest: int
 ) -> list[Episode]:
     """Episodes of one task that begin with these attempts, less those of over `longest` tokens."""
-    task = problems[0].task
-    stated = [stated_answer(text, None, task) for text in attempts]
-    rewards = TASKS[task].rewards(stated, problems)
+    stated, rewards = judge(attempts, [None] * len(attempts), problems)
     episodes = []
     for problem, text, says, right in zip(problems, attempts, stated, rewards, strict=True):
         tokens = [*chat.tokenizer(text, add_special_tokens=False).input_ids, chat.close_id]

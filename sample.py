@@ -15,7 +15,7 @@ import torch
 
 from cache import cache_for
 from data import InputError, Problem
-from tasks import TASKS, Chat, stated_answer
+from tasks import Chat, judge
 
 # --- 1. What flows ---------------------------------------------------------------------------
 
@@ -130,9 +130,7 @@ def rewarded(chat: Chat, problems, answers, before) -> list[Attempt]:
     """Attempts from the (token, log-prob)s of each; before: what the attempts before them state."""
     pairs = [tuple(map(list, zip(*answer, strict=True))) for answer in answers]
     texts = [chat.text(tokens) for tokens, _ in pairs]
-    task = problems[0].task
-    stated = [stated_answer(*both, task) for both in zip(texts, before, strict=True)]
-    rewards = TASKS[task].rewards(stated, problems)
+    stated, rewards = judge(texts, before, problems)
     return [
         Attempt(tokens, logp, text, says, tokens[-1] in chat.end_ids, reward)
         for (tokens, logp), text, says, reward in zip(pairs, texts, stated, rewards, strict=True)

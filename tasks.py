@@ -255,6 +255,13 @@ def stated_answer(attempt: str, before: str | None, task: str) -> str | None:
     return before if keeps and attempt == keeps else TASKS[task].states(attempt)
 
 
+def judge(attempts: list[str], before: list[str | None], problems: list[Problem]):
+    """What attempts at problems of one task state, and their rewards; before: as above, of each."""
+    task = problems[0].task
+    stated = [stated_answer(*pair, task) for pair in zip(attempts, before, strict=True)]
+    return stated, TASKS[task].rewards(stated, problems)
+
+
 def agree(one: str | None, two: str | None, task: str) -> bool:
     """Are two stated answers the same?"""
     return None not in (one, two) and (one == two or TASKS[task].same(one, two))

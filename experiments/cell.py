@@ -3,7 +3,7 @@
 python experiments/cell.py --far 2 --right 0.05 --out runs/cell     other flags are score.py's
 
 --far: how many columns away a slow first attempt sees a carry, which limits attempt 1; --right: the
-share of right rewrites among the later attempts that the base is fitted on last; 13/9 of it slip.
+share of right rewrites among the later attempts that the base is fitted on last; slips follow it.
 """
 
 import argparse

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Job:
-    """A command of score.py or eval.py; it is done when `key` is in the JSON file it writes."""
+    """A command of one of our scripts; it is done when `key` is in the JSON file it writes."""
 
     name: str
     folder: Path

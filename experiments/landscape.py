@@ -8,11 +8,11 @@ table.md and map.png.
 
 from functools import cache
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import runs
 from experiments.jobs import Job
-from experiments.tables import as_markdown, short
+from experiments.tables import as_markdown, mean_and_spread, short
 from figures import canvas, write_picture
 from sft import add_shortsightedly, columns_of
 from tasks import load_problems
@@ -88,10 +88,7 @@ def table(results: dict) -> str:
     rows = []
     for cell in results["cells"]:
         both = [short(mean(cell[f"{name} acc_t2"])) for name in ("direct", "score")]
-        gained = [
-            f"{short(mean(gains(cell, column)))} ± {short(stdev(gains(cell, column)))}"
-            for column in ("acc_t2", "delta")
-        ]
+        gained = [mean_and_spread(gains(cell, column)) for column in ("acc_t2", "delta")]
         seen = [short(cell["ceiling"]), f"{cell['right']:g}", short(cell["sampled i_to_c"])]
         rows.append([*seen, *both, *gained])
     heads = ["ceiling of attempt 1", "right rewrites", "i→c, sampled base", "direct RL: acc@t2"]

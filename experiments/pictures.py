@@ -192,22 +192,22 @@ def own(folder: Path, name: str) -> float:
 
 def draw_collapse(folders: list[Path]):
     figure, axes = canvas(1, 2, (12, 4))
+    stage2 = in_training(folders, "score")[2]
     for name in ("score", "standard", "no-stage1", "no-bonus", "direct"):
-        steps, lines, start = in_training(folders, name)
+        steps, lines, _ = in_training(folders, name)
         if name == "no-bonus":  # it goes on from SCoRe's Stage I
-            steps = [step + in_training(folders, "score")[2] for step in steps]
+            steps = [step + stage2 for step in steps]
         changed = [[1 - line["copied"] for line in one] for one in lines]
         color, line = STYLES[name]
         curves = list(map(smoothed, changed))
         over_seeds(axes[0], steps, curves, NAMES[name], color, line, linewidth=2)
         gain = gain_of_a_change(changed, [[line["delta"] for line in one] for one in lines])
         axes[1].plot(steps, gain, line, color=color, label=NAMES[name], linewidth=2)
-        for axis in axes if name == "score" else ():
-            axis.axvline(start, color="0.8", zorder=0)
     axes[1].axhline(0, color="0.6", linewidth=0.8, zorder=0)
     axes[0].set_ylabel("share of changed answers")
     axes[1].set_ylabel("what a changed answer gains")
     for axis in axes:
+        axis.axvline(stage2, color="0.8", zorder=0)
         axis.set_xlabel("step (Stage II begins at the grey line)")
     beside(axes[1])
     return figure

@@ -33,7 +33,7 @@ from config import Config, as_flag, check_settings, configure, parse_train_flags
 from data import InputError  # noqa: E402
 from experiments import landscape, pictures  # noqa: E402
 from experiments.jobs import Job, do_all, launch  # noqa: E402
-from experiments.tables import COLUMNS, ROWS, claims, table  # noqa: E402
+from experiments.tables import COLUMNS, ROWS, claims, summary, table  # noqa: E402
 from figures import canvas  # noqa: E402
 from score import STAGES  # noqa: E402
 from tasks import ATTEMPT_FLAGS  # noqa: E402
@@ -150,18 +150,14 @@ def collect(out: Path, seeds: list[int], settings: dict) -> dict:
         if name in rows and (folders[0] / f"eval-repair-{name}").exists():
             rows[name]["given"] = [pictures.given(folder, name) for folder in folders]
             rows[name]["own"] = [pictures.own(folder, name) for folder in folders]
-    ends = {}
-    for number in (1, 2):
-        moved = [
-            last_fifth(runs.read_metrics(f / "score" / "metrics.jsonl"), number) for f in folders
-        ]
-        ends[f"acc_t{number}"] = moved
+    lines = [runs.read_metrics(folder / "score" / "metrics.jsonl") for folder in folders]
+    ends = {name: [last_fifth(one, name) for one in lines] for name in ("acc_t1", "acc_t2")}
     return {"settings": settings, "seeds": seeds, "rows": rows, "moved at the end": ends}
 
 
-def last_fifth(lines: list[dict], attempt: int) -> float:
-    """How far the accuracy of an attempt moves in the last fifth of the last stage, sampled."""
-    values = [line[f"acc_t{attempt}"] for line in lines if line["stage"] == lines[-1]["stage"]]
+def last_fifth(lines: list[dict], name: str) -> float:
+    """How far an accuracy moves in the last fifth of the last stage, sampled."""
+    values = [line[name] for line in lines if line["stage"] == lines[-1]["stage"]]
     size = max(1, len(values) // 5)
     return statistics.mean(values[-size:]) - statistics.mean(values[-2 * size : -size] or values)
 
@@ -174,7 +170,9 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, dict, list[
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--seeds", help="such as 20-29 (the default) or 3,5; of --map 30-32")
     parser.add_argument("--out", type=Path, help="default: runs/reproduce, or runs/map")
-    parser.add_argument("--only", default="", help=f"some of {', '.join(TRAINED)}; score is needed")
+    parser.add_argument(
+        "--only", default="", help=f"some of {', '.join(TRAINED)}; SCoRe always runs"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     parser.add_argument("--map", action="store_true", help="SCoRe less direct RL, by base model")
     words = "GPUs of each run, by torchrun"
@@ -250,22 +248,20 @@ def go(args: argparse.Namespace, typed: dict, given: list[str]) -> None:
     do_all(waves, at_once, launch(args.nproc_per_node), args.threads)
     if args.map:
         results = landscape.collect(args.out, args.seeds, settings)
-        written = {
-            "results.json": json.dumps(results, indent=1),
-            "table.md": landscape.table(results),
-        }
+        tables = {"table.md": landscape.table(results)}
     else:
         results = collect(args.out, args.seeds, settings)
-        written = {"results.json": json.dumps(results, indent=1), "table.md": table(results)}
+        tables = {"table.md": table(results)}
         if not args.only:
-            written["claims.md"] = claims(results)
-    for name, text in written.items():
+            tables |= {"summary.md": summary(results), "claims.md": claims(results)}
+    runs.write_atomically(args.out / "results.json", json.dumps(results, indent=1))
+    for name, text in tables.items():
         runs.write_atomically(args.out / name, text)
-        if name.endswith(".md"):
-            print(text)
-    paths = [landscape.draw(args.out, results)] if args.map else []
-    if not args.map and not args.only:
-        paths = pictures.draw(args.out, args.seeds)
+        print(text)
+    if args.map:
+        paths = [landscape.draw(args.out, results)]
+    else:
+        paths = [] if args.only else pictures.draw(args.out, args.seeds)
     for path in paths:
         print("wrote", path)
 

@@ -95,9 +95,9 @@ def test_the_table_has_means_and_spreads():
     alone = {"rows": {name: {c: v[:1] for c, v in rows[name].items()} for name in rows}}
     assert "±" not in tables.table(alone)
     assert tables.mean_and_spread([-1e-5, 0.0]) == ".000 ± .000"
-    assert (
-        tables.ranges({"rows": rows}, ("score",)).splitlines()[2].count(".550 (.500 to .600)") == 3
-    )
+    ranges = tables.summary({"rows": rows}).splitlines()
+    assert len(ranges) == 2 + len(tables.SUMMARY)
+    assert ranges[7].startswith("| **SCoRe** |") and ranges[7].count(".550 (.500 to .600)") == 3
 
 
 def test_holm_multiplies_by_what_is_left_and_never_falls():
@@ -185,7 +185,7 @@ def test_the_whole_grid_runs_and_goes_on_after_a_stop(
     out = tmp_path / "grid"
     results = json.loads((out / "results.json").read_text())
     assert tables.table(results) == (out / "table.md").read_text()
-    assert tables.table(results) in printed
+    assert tables.table(results) in printed and tables.summary(results) in printed
     for name in ("multipliers", "sft", "collapse", "attempts"):
         assert (out / f"{name}.png").stat().st_size > 10_000
     star = json.loads((out / "seed-0" / "star" / "results.json").read_text())["star-3"]
@@ -345,6 +345,8 @@ def test_the_map_runs_each_cell_and_subtracts_direct_rl(tmp_path, monkeypatch, c
     assert steps == [3, 3]
     assert landscape.table(results) in capsys.readouterr().out
     assert reproduce.main(flags) == 0 and len(calls) == 8
+    alone = landscape.collect(tmp_path / "map", [5], {})
+    assert "±" not in landscape.table(alone)
 
 
 def test_what_a_changed_answer_gains_is_delta_over_the_changed_of_all_seeds():
