@@ -1,6 +1,6 @@
 """What is asked: problems with their true answers, of three tasks.
 
-`sums`, built in, is column addition, most significant column first; here three of nine columns:
+`sums`, built in, is column addition, most significant column first; here three of seven columns:
 
     2+5 9+0 3+6 =        ->   7 9 9       (293 + 506)
     2+5 9+0 3+8 =        ->   8 0 1       (293 + 508: the carry runs through the nine)
@@ -30,8 +30,8 @@ class InputError(Exception):
     """A mistake in a flag, a file or a model: shown as one sentence, exit status 2."""
 
 
-COLUMNS = 9  # of a sum; NOT IN PAPER, like all of the built-in task
-SHARE_OF_NINES = 0.5  # columns that add up to 9 pass a carry on, so carries run far
+COLUMNS = 7  # of a sum; NOT IN PAPER, like all of the built-in task
+SHARE_OF_NINES = 0.6  # columns that add up to 9 pass a carry on, so carries run far
 
 
 @dataclass(frozen=True)

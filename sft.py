@@ -2,17 +2,17 @@
 
 The paper's base models know more than their first attempt shows, and when asked again they mostly
 stay with what they said. `fit_builtin` makes such a model for column addition, from transcripts of
-three attempts, each of which begins with a word of its own, as a longer answer would:
+up to ten attempts, each of which begins with a word of its own, as a longer answer would:
 
     attempt 1   fast 7 9 1    no carry is seen: each column is added alone
                 slow 8 0 1    a carry is seen if it starts at most FAR columns away
     later ones  ok            stays with the answer before
                 no 8 0 1      rewrites it: right, or with a slip, the carry into one column wrong
 
-First the model learns to do all of these. Then it learns how seldom: most first attempts are fast,
-nearly all others `ok`, and most rewrites have a slip. So the greedy base adds column by column and
-keeps its answer, though it could correct it. All of this is NOT IN PAPER: it stands in for Gemini,
-and goes through the same code as google/gemma-2-2b-it.
+First the model learns to do all of these, then to do them in a tenth attempt, too. Then it learns
+how seldom: most first attempts are fast, nearly all others `ok`, and most rewrites have a slip. So
+the greedy base adds column by column and keeps its answer, though it could correct it. All of this
+is NOT IN PAPER: it stands in for Gemini, and goes through the same code as google/gemma-2-2b-it.
 
 STaR and Pair-SFT raise the likelihood of y2 in traces x1 y1 p1 y2 with a right y2 (section 4.1):
 
@@ -50,9 +50,13 @@ from tasks import Chat, load_problems, read_chat
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps of fitting, and shares of what they show: of first attempts, and of later ones."""
+    """Steps of fitting, and shares of what they show: of first attempts, and of later ones.
+
+    attempts: how many a transcript has; each step draws one of these numbers.
+    """
 
     steps: int
+    attempts: tuple[int, ...]
     slow: float
     right: float
     slip: float
@@ -60,10 +64,11 @@ class Phase:
 
 FAR = 3
 PHASES = (
-    Phase(530, slow=0.5, right=0.5, slip=0.3),
-    Phase(120, slow=0.3, right=0.009, slip=0.013),
+    Phase(400, (3,), slow=0.5, right=0.5, slip=0.3),
+    Phase(600, (3, 10), slow=0.5, right=0.5, slip=0.3),
+    Phase(120, (3, 10), slow=0.3, right=0.009, slip=0.013),
 )
-FIT_BATCH, FIT_ATTEMPTS = 128, 3  # transcripts a step, attempts in each
+FIT_BATCH = 384  # attempts a step
 FIT_LR, FIT_RAMP, FIT_DECAY = 6e-3, 20, 200  # peak; steps of linear rise and of linear decay
 
 CHAT_TEMPLATE = (
@@ -125,8 +130,10 @@ def fit_builtin(seed: int) -> tuple[Gemma2ForCausalLM, PreTrainedTokenizerFast]:
     for step, phase in enumerate(bar):
         ramp = min(1.0, (step + 1) / FIT_RAMP, (len(plan) - step) / FIT_DECAY)
         optimizer.param_groups[0]["lr"] = FIT_LR * ramp
-        drawn = rng.choices(problems, k=FIT_BATCH)
-        loss = negative_log_likelihood(model, [draw(chat, p, phase, rng) for p in drawn])
+        attempts = rng.choice(phase.attempts)
+        drawn = rng.choices(problems, k=FIT_BATCH // attempts)
+        rows = [draw(chat, problem, phase, attempts, rng) for problem in drawn]
+        loss = negative_log_likelihood(model, rows)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -135,11 +142,13 @@ def fit_builtin(seed: int) -> tuple[Gemma2ForCausalLM, PreTrainedTokenizerFast]:
     return model.eval(), tokenizer
 
 
-def draw(chat: Chat, problem: Problem, phase: Phase, rng: random.Random) -> list[tuple[int, bool]]:
-    """(token, is it in the loss?) of x1 y1 p1 y2 p1 y3: attempts are, prompts are not."""
+def draw(
+    chat: Chat, problem: Problem, phase: Phase, attempts: int, rng: random.Random
+) -> list[tuple[int, bool]]:
+    """(token, is it in the loss?) of x1 y1 p1 y2 p1 y3 ..: attempts are, prompts are not."""
     encode = chat.tokenizer.convert_tokens_to_ids
     transcript = [(token, False) for token in encode(["<bos>", *problem.question.split()])]
-    for number in range(FIT_ATTEMPTS):
+    for number in range(attempts):
         transcript += [(token, False) for token in chat.p1] if number else []
         attempt = draw_later(problem, phase, rng) if number else draw_first(problem, phase, rng)
         transcript += [(token, True) for token in [*encode(attempt.split()), chat.close_id]]

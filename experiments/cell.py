@@ -26,8 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--far", type=int, default=sft.FAR)
     parser.add_argument("--right", type=float, default=sft.PHASES[-1].right)
     args, given = parser.parse_known_args(argv)
-    sft.FAR, (first, last) = args.far, sft.PHASES
-    sft.PHASES = (first, replace(last, right=args.right, slip=SLIPS * args.right))
+    sft.FAR, (*skills, last) = args.far, sft.PHASES
+    sft.PHASES = (*skills, replace(last, right=args.right, slip=SLIPS * args.right))
     return score.main(given)
 
 

@@ -190,8 +190,9 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, dict, list[
     for name in args.only:
         if name not in TRAINED:
             raise InputError(f"--only {name} is none of {', '.join(TRAINED)}")
-    if args.map and typed.keys() & {"model", "task"}:
-        raise InputError("--map is of the built-in task: leave out --model and --task")
+    for name in sorted({"model", "task", "steps1", "steps2"} & set(typed)):
+        if args.map:
+            raise InputError(f"--map has its own {as_flag(name)}: leave it out")
     if args.threads < 1 or args.nproc_per_node < 0:
         raise InputError("--threads must be 1 or more, and --nproc-per-node 0 or more")
     cfg = configure(typed)

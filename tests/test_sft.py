@@ -15,7 +15,6 @@ from data import COLUMNS, Problem, add_columns
 from sample import Attempt, Episode, transcript
 from score import STAGES
 from sft import (
-    FIT_ATTEMPTS,
     PHASES,
     Phase,
     add_shortsightedly,
@@ -52,14 +51,14 @@ def test_transcripts_are_laid_out_as_the_chat_does_and_only_attempts_are_taught(
     chat, rng = builtin_chat, random.Random(0)
     problem = load_problems("sums", "train", 1)[0]
     for rewrites, length in ((0.0, 2), (1.0, COLUMNS + 2)):  # all `ok`, or all `no` and digits
-        drawn = draw(chat, problem, Phase(1, slow=0.5, right=0.0, slip=rewrites), rng)
+        drawn = draw(chat, problem, Phase(1, (4,), slow=0.5, right=0.0, slip=rewrites), 4, rng)
         tokens, taught = map(list, zip(*drawn, strict=True))
         x1 = chat.x1(problem)
         assert tokens[: len(x1)] == x1
         again = [False] * len(chat.p1) + [True] * length
         first = [False] * len(x1) + [True] * (COLUMNS + 2)
-        assert taught == first + again * (FIT_ATTEMPTS - 1)
-        assert tokens.count(chat.close_id) == FIT_ATTEMPTS
+        assert taught == first + again * 3
+        assert tokens.count(chat.close_id) == 4
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -70,14 +69,14 @@ def test_attempts_are_drawn_in_the_shares_of_the_phase(phase, builtin_chat):
     assert sum(later) / n == pytest.approx(phase.right, abs=0.02)
     words = Counter()
     for problem in rng.choices(problems, k=n):
-        drawn = draw(builtin_chat, problem, phase, rng)
+        drawn = draw(builtin_chat, problem, phase, 3, rng)
         attempts = builtin_chat.tokenizer.decode([token for token, taught in drawn if taught])
-        first, *others = attempts.split(" <end>")[:FIT_ATTEMPTS]
+        first, *others = attempts.split(" <end>")[:3]
         words.update([first.split()[0], *(other.split()[0] for other in others)])
         carries_lost = first.split()[1:] != problem.answer.split()
         assert carries_lost or first.startswith("slow")  # `fast` loses every carry
     assert words["slow"] / n == pytest.approx(phase.slow, abs=0.03)
-    rewritten = words["no"] / n / (FIT_ATTEMPTS - 1)
+    rewritten = words["no"] / n / 2
     assert rewritten == pytest.approx(phase.right + phase.slip, abs=0.03)
     assert set(words) == {"fast", "slow", "no", "ok"}
 
@@ -86,24 +85,27 @@ def test_a_slip_is_a_wrong_carry_into_one_column():
     rng, slips = random.Random(0), set()
     problem = load_problems("sums", "train", 1)[0]
     for _ in range(300):
-        slips.add(draw_later(problem, Phase(1, slow=0.0, right=0.0, slip=1.0), rng))
+        slips.add(draw_later(problem, Phase(1, (2,), slow=0.0, right=0.0, slip=1.0), rng))
     columns = columns_of(problem)
     assert slips == {f"no {add_columns(columns, flipped=i)}" for i in range(COLUMNS)}
     assert f"no {problem.answer}" not in slips
 
 
 def test_fitting_learns_and_is_the_same_for_the_same_seed(monkeypatch):
-    monkeypatch.setattr(sft, "PHASES", (Phase(12, 0.5, 0.2, 0.4), Phase(2, 0.2, 0.0, 0.0)))
-    monkeypatch.setattr(sft, "FIT_BATCH", 8)
-    losses, plain = [], sft.negative_log_likelihood
+    phases = (Phase(12, (2, 3), 0.5, 0.2, 0.4), Phase(2, (2,), 0.2, 0.0, 0.0))
+    monkeypatch.setattr(sft, "PHASES", phases)
+    monkeypatch.setattr(sft, "FIT_BATCH", 24)
+    losses, sizes, plain = [], set(), sft.negative_log_likelihood
 
     def recorded(model, rows):
+        sizes.add(len(rows))
         losses.append(plain(model, rows))
         return losses[-1]
 
     monkeypatch.setattr(sft, "negative_log_likelihood", recorded)
     one, _ = fit_builtin(seed=7)
     assert losses[-1] < 0.9 * losses[0]
+    assert sizes == {8, 12}  # 24 attempts, two or three in a transcript
     two, _ = fit_builtin(seed=7)
     other, _ = fit_builtin(seed=8)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
