@@ -2,8 +2,7 @@
 
 Two things change: how high attempt 1 can get, by what a slow first attempt sees (--far of cell.py),
 and how often the base, asked again, rewrites its answer rightly (--right). `python
-experiments/reproduce.py --map` makes the runs, with Stage II of 60 steps; it writes results.json,
-table.md and map.png.
+experiments/reproduce.py --map` makes the runs; it writes results.json, table.md and map.png.
 """
 
 from functools import cache
@@ -11,6 +10,7 @@ from pathlib import Path
 from statistics import mean
 
 import runs
+from config import configure
 from experiments.jobs import Job
 from experiments.tables import as_markdown, mean_and_spread, short
 from figures import canvas, write_picture
@@ -19,7 +19,6 @@ from tasks import load_problems
 
 FARS = (1, 2, 3, 5)
 RIGHTS = (0.003, 0.009, 0.027, 0.081)
-STEPS = {"steps1": 80, "steps2": 60}
 
 
 def cells() -> list[tuple[int, float]]:
@@ -30,22 +29,22 @@ def folder_of(out: Path, far: int, right: float, seed: int) -> Path:
     return out / f"far-{far}-right-{right}" / f"seed-{seed}"
 
 
-def plan(out: Path, seeds: list[int], given: list[str]) -> list[list[Job]]:
+def plan(out: Path, seeds: list[int], typed: dict, given: list[str]) -> list[list[Job]]:
     """SCoRe in each cell, and then direct RL from the same base model; seed by seed."""
+    cfg = configure(typed)
     waves = [[], []]
     for seed in seeds:
         for far, right in cells():
             folder, name = folder_of(out, far, right, seed), f"{far} {right} {seed}"
             base = f"{folder}/score/base"
-            steps = " ".join(f"--{key} {value}" for key, value in STEPS.items())
-            score = f"--far {far} --right {right} {steps}"
+            score = f"--far {far} --right {right}"
             direct = f"--stage 2 --alpha 0 --model {base} --init {base}"
-            direct += f" --steps2 {sum(STEPS.values())}"
+            direct += f" --steps2 {cfg.steps1 + cfg.steps2}"
             for wave, method, flags, script in (
                 (waves[0], "score", score, "experiments/cell.py"),
                 (waves[1], "direct", direct, "score.py"),
             ):
-                words = [*flags.split(), "--seed", str(seed), *given]
+                words = [*given, *flags.split(), "--seed", str(seed)]
                 where = folder / method
                 job = Job(f"{method} {name}", where, script, words, "results.json", "stage2")
                 wave.append(job)

@@ -190,9 +190,8 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, dict, list[
     for name in args.only:
         if name not in TRAINED:
             raise InputError(f"--only {name} is none of {', '.join(TRAINED)}")
-    for name in sorted({"model", "task", "steps1", "steps2"} & set(typed)):
-        if args.map:
-            raise InputError(f"--map has its own {as_flag(name)}: leave it out")
+    if args.map and (args.only or typed.keys() & {"model", "task"}):
+        raise InputError("--map is of the built-in task: leave out --model, --task and --only")
     if args.threads < 1 or args.nproc_per_node < 0:
         raise InputError("--threads must be 1 or more, and --nproc-per-node 0 or more")
     cfg = configure(typed)
@@ -239,7 +238,7 @@ def go(args: argparse.Namespace, typed: dict, given: list[str]) -> None:
         words = " ".join(f"{as_flag(name)} {value}" for name, value in settings.items())
         raise InputError(f"--out {args.out} holds runs with {words or 'no flags'}: name another")
     if args.map:
-        waves = landscape.plan(args.out, args.seeds, given)
+        waves = landscape.plan(args.out, args.seeds, typed, given)
     else:
         attempts = most_attempts(configure(typed))
         waves = plan(args.out, args.seeds, typed, given, attempts, args.only)

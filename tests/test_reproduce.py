@@ -285,8 +285,7 @@ def test_a_run_that_fails_is_named_with_its_log(tmp_path, capsys):
         (["--seeds", "five"], "--seeds five cannot be read"),
         (["--only", "scores"], "--only scores is none of"),
         (["--threads", "0"], "--threads must be 1 or more"),
-        (["--map", "--task", "math"], "--map has its own --task"),
-        (["--map", "--steps1", "3"], "--map has its own --steps1"),
+        (["--map", "--task", "math"], "--map is of the built-in task"),
         (["--k", "1"], "--k 1 leaves no sibling"),
         (["--chess"], "--chess"),
     ],
@@ -325,8 +324,7 @@ def test_the_map_runs_each_cell_and_subtracts_direct_rl(tmp_path, monkeypatch, c
     monkeypatch.setattr(learner, "fit_builtin", fit)
     for name in ("FAR", "PHASES"):  # cell.py sets them for its process
         monkeypatch.setattr(sft, name, getattr(sft, name))
-    monkeypatch.setattr(landscape, "STEPS", {"steps1": 1, "steps2": 2})
-    flags = ["--map", "--seeds", "5,6", "--out", "map", *TINY[4:]]
+    flags = ["--map", "--seeds", "5,6", "--out", "map", *TINY]
     assert reproduce.main(flags) == 0, capsys.readouterr().err
     often = (0.5, 0.5 * cell.SLIPS)
     assert set(fitted) == {(0, *often), (9, *often)}
@@ -343,7 +341,7 @@ def test_the_map_runs_each_cell_and_subtracts_direct_rl(tmp_path, monkeypatch, c
     steps = [
         len((folder / n / "metrics.jsonl").read_text().splitlines()) for n in ("score", "direct")
     ]
-    assert steps == [3, 3]
+    assert steps == [5, 5]
     assert landscape.table(results) in capsys.readouterr().out
     assert reproduce.main(flags) == 0 and len(calls) == 8
     alone = landscape.collect(tmp_path / "map", [5], {})
