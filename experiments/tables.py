@@ -13,6 +13,7 @@ from pathlib import Path
 from mpmath import betainc
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
+ELSEWHERE = {"two-threads": "two threads", "micro-tokens": "`--micro-tokens 2048`"}
 ROWS = {  # by run; base and stage1 are of SCoRe's
     "base": "base model",
     "refine": "Self-Refine",
@@ -76,9 +77,10 @@ def short_p(p: float | None) -> str:
     return "" if p is None else "< .001" if p < 0.001 else short(p)
 
 
-def mean_and_range(values: list[float]) -> str:
-    """The mean, and the lowest and highest of the seeds."""
-    spread = f" ({short(min(values))} to {short(max(values))})" if len(values) > 1 else ""
+def mean_and_range(values: list[float], others=()) -> str:
+    """The mean of the values, and the lowest and highest of these and of others."""
+    both = [*values, *others]
+    spread = f" ({short(min(both))} to {short(max(both))})" if len(both) > 1 else ""
     return short(statistics.mean(values)) + spread
 
 
@@ -105,14 +107,31 @@ def table(results: dict) -> str:
     return as_markdown(["", *COLUMNS.values()], rows)
 
 
-def summary(results: dict) -> str:
-    """README's table: a few methods, with the lowest and highest of the seeds."""
-    columns = ("acc_t1", "acc_t2", "delta")
-    rows = [
-        [ROWS[name], *(mean_and_range(results["rows"][name][column]) for column in columns)]
-        for name in SUMMARY
-    ]
-    return as_markdown(["", *(COLUMNS[column] for column in columns)], rows)
+def summary(results: dict, elsewhere: list[dict] = ()) -> str:
+    """README's table: a few methods; lowest to highest of the seeds, and of runs elsewhere."""
+    lines = []
+    for name in SUMMARY:
+        cells = []
+        for column in ("acc_t1", "acc_t2", "delta"):
+            others = [x for other in elsewhere for x in other["rows"].get(name, {}).get(column, [])]
+            cells.append(mean_and_range(results["rows"][name][column], others))
+        lines.append([ROWS[name], *cells])
+    return as_markdown(["", "acc@t1", "acc@t2", "delta"], lines)
+
+
+def rounding(results: dict, elsewhere: dict[str, dict]) -> str:
+    """SCoRe's row for some seeds as in the table, and as computed in other ways, by their name."""
+    columns, lines = ("acc_t1", "acc_t2", "delta"), []
+    seeds = next(iter(elsewhere.values()))["seeds"]
+    places = [results["seeds"].index(seed) for seed in seeds]
+    usual = {c: [results["rows"]["score"][c][at] for at in places] for c in columns}
+    ways = {"as above": usual}
+    ways |= {words: other["rows"]["score"] for words, other in elsewhere.items()}
+    for words, row in ways.items():
+        moved = [abs(x - y) for c in columns for x, y in zip(row[c], usual[c], strict=True)]
+        lines.append([words, *(mean_and_range(row[c]) for c in columns), short(max(moved))])
+    heads = [f"seeds {seeds[0]} to {seeds[-1]}", "acc@t1", "acc@t2", "delta", "largest change"]
+    return as_markdown(heads, lines)
 
 
 # --- 3. Claims of the paper ----------------------------------------------------------------------
@@ -189,10 +208,16 @@ def claims(results: dict) -> str:
     return as_markdown(["in the paper", "here", "p", "so here"], lines)
 
 
+def read(name: str) -> dict:
+    return json.loads((ASSETS / f"{name}.json").read_text("utf-8"))
+
+
 def main() -> None:
     """Print the tables of README.md and RESULTS.md."""
-    results = json.loads((ASSETS / "results.json").read_text("utf-8"))
-    print(summary(results), claims(results), table(results), sep="\n", end="")
+    results = read("results")
+    elsewhere = {words: read(name) for name, words in ELSEWHERE.items()}
+    tables = (summary(results, elsewhere.values()), claims(results), table(results))
+    print(*tables, rounding(results, elsewhere), sep="\n", end="")
 
 
 if __name__ == "__main__":

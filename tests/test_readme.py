@@ -79,7 +79,9 @@ def test_the_tables_are_those_of_the_results_in_assets():
     assert results["settings"] == {} and len(results["seeds"]) >= 5
     published = (root / "RESULTS.md").read_text()
     assert tables.table(results) in published and tables.claims(results) in published
-    assert tables.summary(results) in README
+    elsewhere = {words: tables.read(name) for name, words in tables.ELSEWHERE.items()}
+    assert tables.rounding(results, elsewhere) in published
+    assert tables.summary(results, elsewhere.values()) in README
     seeds = f"--seeds {results['seeds'][0]}-{results['seeds'][-1]}"
     assert seeds in README and seeds in published
 

@@ -100,6 +100,21 @@ def test_the_table_has_means_and_spreads():
     assert ranges[7].startswith("| **SCoRe** |") and ranges[7].count(".550 (.500 to .600)") == 3
 
 
+def test_what_other_roundings_give_widens_the_range_but_not_the_mean():
+    row = {"acc_t1": [0.5, 0.6], "acc_t2": [0.7, 0.9], "delta": [0.2, 0.3]}
+    results = {"seeds": [4, 5], "rows": dict.fromkeys(tables.ROWS, row)}
+    other = {"acc_t1": [0.65], "acc_t2": [0.88], "delta": [0.23]}
+    elsewhere = {"two threads": {"seeds": [5], "rows": {"score": other}}}
+    lines = tables.summary(results, elsewhere.values()).splitlines()
+    assert lines[7] == (
+        "| **SCoRe** | .550 (.500 to .650) | .800 (.700 to .900) | .250 (.200 to .300) |"
+    )
+    assert ".500 to .600" in lines[5]  # direct RL was not run elsewhere
+    first, second = tables.rounding(results, elsewhere).splitlines()[2:]
+    assert first == "| as above | .600 | .900 | .300 | .000 |"
+    assert second == "| two threads | .650 | .880 | .230 | .070 |"
+
+
 def test_holm_multiplies_by_what_is_left_and_never_falls():
     # sorted: .01 * 4, .02 * 3, .03 * 2, .5; the third is not below the second
     assert tables.holm([0.03, None, 0.01, 0.5, 0.02]) == [0.06, None, 0.04, 0.5, 0.06]
