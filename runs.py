@@ -343,9 +343,10 @@ def raise_alarms(lines: list[dict], base: dict, progress: Progress, fresh: bool)
     full = len(window) == ALARM_STEPS
     mean = {key: sum(line[key] for line in window) / len(window) for key in ALARM_METRICS}
     fell = mean["acc_t1"] < base["acc_t1"] - 0.05 and mean["acc_t2"] > base["acc_t2"]
+    collapsed = mean["copied"] > max(0.95, base["copied"])
     moved = fresh and len(lines) == 1 and mean["kl_t1"] + mean["kl_t2"] > 1e-3
     alarms = {
-        "collapse: over 95 % of the answers are copied": full and mean["copied"] > 0.95,
+        "collapse: over 95 % of the answers are copied": full and collapsed,
         "sabotage: acc@t1 fell 5 points below the base while acc@t2 rose": full and fell,
         "cut off: over 10 % of attempts, raise --max-new-tokens": full and mean["cut_off"] > 0.1,
         "KL not zero at step 0: policy and reference differ": moved,

@@ -429,10 +429,14 @@ def line(step, **metrics):
         ({"cut_off": 0.11}, "cut off"),
         ({}, None),
         ({"acc_t1": 0.44, "acc_t2": 0.4}, None),
+        ({"copied": 0.98}, "collapse"),
+        ({"copied": 0.97}, None),  # the base model does so, too
     ],
 )
 def test_an_alarm_is_raised_once(metrics, word, capsys):
-    base, progress = {"acc_t1": 0.5, "acc_t2": 0.5}, Progress(step=ALARM_STEPS)
+    copied = metrics.get("copied", 0.9) - 0.01 if word else 0.975
+    base = {"acc_t1": 0.5, "acc_t2": 0.5, "copied": copied}
+    progress = Progress(step=ALARM_STEPS)
     lines = [line(step, **metrics) for step in range(ALARM_STEPS)]
     raised = raise_alarms(lines, base, progress, fresh=True)
     assert [text.split(":")[0] for text in raised] == ([word] if word else [])
@@ -441,7 +445,7 @@ def test_an_alarm_is_raised_once(metrics, word, capsys):
 
 
 def test_a_kl_at_step_0_is_an_alarm_unless_the_policy_began_elsewhere():
-    base, lines = {"acc_t1": 0.5, "acc_t2": 0.5}, [line(0, kl_t1=0.01)]
+    base, lines = {"acc_t1": 0.5, "acc_t2": 0.5, "copied": 0.5}, [line(0, kl_t1=0.01)]
     assert "KL" in raise_alarms(lines, base, Progress(step=1), fresh=True)[0]
     assert raise_alarms(lines, base, Progress(step=1), fresh=False) == []
     assert raise_alarms([line(0)], base, Progress(step=1), fresh=True) == []
