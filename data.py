@@ -148,7 +148,7 @@ def math_rows(folder: str) -> dict[str, list[dict]]:
 
 def as_problems(rows: list[dict], split: str) -> tuple[Problem, ...]:
     """Rows of either source as problems, in the order of their ids; without an answer: skipped."""
-    problems, skipped = {}, 0
+    problems, skipped, several = {}, 0, []
     for row in rows:
         answer = (row.get("answer") or last_box(row.get("solution") or "") or "").strip()
         skipped += not answer
@@ -157,25 +157,36 @@ def as_problems(rows: list[dict], split: str) -> tuple[Problem, ...]:
             level = re.sub(r"^Level ", "", str(row.get("level") or ""))
             key = hashlib.blake2b(row["problem"].encode(), digest_size=8).hexdigest()
             problems[key] = Problem(row["problem"], answer, "math", key, subject, level)
+            several += [key] * (len({box for box, *_ in boxes(row.get("solution") or "")}) > 1)
     if skipped:
         print(f"skipped {skipped} {split} problems without an answer", file=sys.stderr)
+    if several:
+        known = ", ".join(several[:3])
+        words = "have several boxes in their solution; the answer is the last, or the row's own"
+        print(f"{len(several)} {split} problems {words}, such as {known}", file=sys.stderr)
     return tuple(problems[key] for key in sorted(problems))
 
 
 MARKS = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 
 
-def last_box(text: str) -> str | None:
-    r"""What stands in the last balanced \boxed{..} or \fbox{..} of a text, or None."""
-    opened, box = [], None
+def boxes(text: str) -> list[tuple[str, int, int]]:
+    r"""What stands in each balanced \boxed{..} or \fbox{..} of a text, its start and its end."""
+    opened, found = [], []
     for mark in MARKS.finditer(text):
         if mark[0][-1] == "{" and mark[0] != r"\{":
             opened.append(mark)
         elif mark[0] == "}" and opened:
             opening = opened.pop()
             if len(opening[0]) > 1:
-                box = text[opening.end() : mark.start()].strip()
-    return box
+                inside = text[opening.end() : mark.start()].strip()
+                found.append((inside, opening.start(), mark.end()))
+    return found
+
+
+def last_box(text: str) -> str | None:
+    r"""What stands in the last balanced \boxed{..} or \fbox{..} of a text, or None."""
+    return boxes(text)[-1][0] if boxes(text) else None
 
 
 def words(question: str) -> str:

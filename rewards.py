@@ -11,12 +11,16 @@ an attempt says. A cut-off attempt is judged like any other. Next to read: check
 """
 
 import ast
+import builtins
 import re
 import textwrap
 import warnings
 
-from checkers.answers import read_answer, same
-from data import InputError, Problem, last_box, preamble
+from checkers.answers import RELATION, is_solved, is_unit, read_answer, same
+from checkers.expressions import GREEK
+from checkers.shapes import PLAIN, is_copy
+from checkers.spelling import NUMERALS, TWISTS, tidy
+from data import InputError, Problem, boxes, preamble
 
 # --- 1. Sums -----------------------------------------------------------------------------------
 
@@ -33,8 +37,17 @@ TAIL, LONGEST = 20_000, 600  # characters: where a final answer is looked for, a
 
 
 def is_right(stated: str, answer: str, question: str = "") -> bool:
-    """Is a stated answer the gold `answer`, and no formula of the question as it stands there?"""
-    return same_answer(stated, answer) and not is_copied(stated, answer, question)
+    """Is a stated answer the gold `answer`, and no formula of the question in another spelling?
+
+    NOT IN PAPER, as is all of this checker. A number, a word and what is spelt as the answer is may
+    well stand in the question. An equation or inequality of the question has to be solved.
+    """
+    asked = [one or two for one, two in MATHS.findall(BLOCK.sub("$", question.replace(r"\$", " ")))]
+    if not same_answer(stated, answer) or is_copy(stated, answer, asked):
+        return False
+    unsolved = not is_solved(stated) and is_solved(answer)
+    relations = (formula for formula in asked if RELATION.search(tidy(formula)))
+    return not (unsolved and any(same_answer(formula, answer) for formula in relations))
 
 
 def math_reward(attempt: str, answer: str, question: str = "") -> float:
@@ -43,50 +56,80 @@ def math_reward(attempt: str, answer: str, question: str = "") -> float:
     return float(stated is not None and is_right(stated, answer, question))
 
 
-def is_copied(stated: str, answer: str, question: str) -> bool:
-    """Is it a formula of the question? Where that is to be worked out, its value is the right one.
+BLOCK = re.compile(r"\\(?:begin|end)\s*\{(?:align|equation|gather|eqnarray|multline)(?:ed)?\*?\}")
+MATHS = re.compile(r"\$\$?(.+?)\$|\\[\[(](.+?)\\[\])]", re.DOTALL)
 
-    NOT IN PAPER, as is all of this checker. A number or word may well stand in the question, and
-    so may what is spelt as the answer is.
-    """
-    if not OPERATION.search(stated):
-        return False
-    asked = [part for found in MATHS.findall(question) for part in SIDES.split(found)]
-    formulas = {bare(part) for part in asked if OPERATION.search(part)}
-    stated, gold = bare(stated), bare(answer)
-    within = [formula for formula in formulas if formula in stated and formula not in gold]
-    return any(same_answer(formula, answer) for formula in within[:20]) or (
-        stated != gold and any(stated in formula for formula in formulas)
-    )
-
-
-def bare(formula: str) -> str:
-    r"""A formula without layout: \dfrac{1}{2}, \frac12 and 1/2 are spelt alike."""
-    formula = LAYOUT.sub("", re.sub(r"\\(?:cdot|times)(?![a-z])", "*", formula)).rstrip(".,")
-    formula = re.sub(r"(?<=\\)[dt](?=frac|binom)", "", formula)
-    return re.sub(r"\\frac(?:\{(\d+)\}|(\d))(?:\{(\d+)\}|(\d))", r"\1\2/\3\4", formula)
-
-
-MATHS = re.compile(r"(?:\$|\\\[)(.+?)(?:\$|\\\])", re.DOTALL)
-SIDES = re.compile(r"[=<>]|\\(?:leq?|geq?|neq?|approx)(?![a-z])")
-LAYOUT = re.compile(r"[\s$]|\\[!,;: ]|~|\\(?:left|right|displaystyle)(?![a-z])")
-OPERATION = re.compile(
-    r"(?<=[\w)}])\s*[-+*/^!]|\\(?:[dt]?frac|sqrt|log|ln|[dt]?binom|lceil|lfloor|cdot|times|div|overline"
-    r"|(?:arc)?(?:sin|cos|tan))"
+HEDGES = TWISTS.union(NUMERALS, ["or"]) - set("all to than if when one base".split())
+FORMULA = r"(-?(?:\$\$.+?\$\$|\$(?:\\.|[^$\\])+\$|\\\(.+?\\\)|\\\[.+?\\\]))"
+DELIMITERS = re.compile(r"(-?)(?:\$\$?|\\[(\[])(.+?)(?:(?<!\\)\$\$?|\\[)\]])", re.DOTALL)
+CALCULATION = re.compile(rf"(?:[^A-Za-z\\]|(?!{GREEK.pattern})\\(?:[a-z]+(?![A-Za-z])|\W))+")
+# What makes another value of what stands in a box.
+BEFORE = re.compile(r"(?:(?:\A|[=$(])\s*-|\^|\\neq?\s*|≠\s*|\\sqrt\s*\{\s*)\Z")
+AFTER = re.compile(r"\s*(?:!(?!\s)|\^(?!\s*\{?\s*\\circ))")
+BARE = r"([-−]?(?:\\?\$)?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?!\w))"
+WORD = r"(?<=[*`\"':])\s*([a-z]+(?: [a-z]+)?)(?=[*`\"'.!\s]*(?:i hope|[^\x00-\xb1]|$))"
+SENTENCE = re.compile(
+    r"(?:the\s+final\s+answer\s+is(?![a-z])|\bfinal\s+answer\s*:)(?:,[^,$\n]{,40},)?"
+    r"(?:[\s:*_`'\"(>]|\[(?=\$)|an?\s|the\s)*"
+    rf"(?:{FORMULA}|{BARE}|{WORD})",
+    re.DOTALL | re.I | re.M,
 )
-PAPERS_FORM = re.compile(r"[Tt]he final answer is:?\s*\$((?:\\.|[^$\\])+)\$", re.DOTALL)
-AFTER_IT = re.compile(r"\s*(?:\.(?!\s*[Oo]r\b)|!|,?\s*I hope|\n|\Z)")  # not: "$5$ or $6$"
+REST = re.compile(r"(.*?)(?:[.!](?=[\s*_`'\")\]]|\Z)(?!\s*or\b)|\n|\Z)", re.DOTALL | re.I)
+DECORATION = re.compile(r"[*_`'\")\]}\s]+|[^\x00-\xb1\u2010-\u221f]")
+MORE = re.compile(rf"\s*(,\s*(?:and\s)?|and\s|or\s)\s*{FORMULA}", re.DOTALL)
+UNEQUAL = re.compile(r"[<>≤≥]|\\[lg](?:eq?|t)\b")
+REASON = re.compile(r"\W*(?:because|since|as (?!well))", re.I)
+IN_BASE = re.compile(r"\(?(?:in )?base \$?(\w+)\$?\)?")
+CLAUSE = re.compile(
+    r"[,;:(–—]|\s-\s|\b(?:which|that|because|since|as|where|when|for|in|of|after|by|i hope)\b", re.I
+)
 
 
 def final_answer(text: str) -> str | None:
-    r"""What an attempt claims: its last balanced \boxed{..} or \fbox{..}, else its last
-    "The final answer is $..$" (the form the paper's prompt asks for), else None.
+    r"""What an attempt claims, None if that cannot be found.
+
+    It is its last balanced \boxed{..} or \fbox{..}, or its last "The final answer is $..$" (the
+    form the paper's prompt asks for) or "Final answer: $..$" where that comes later.
     """
     text = text[-TAIL:]
-    box, forms = last_box(text), list(PAPERS_FORM.finditer(text))
-    if box is not None or not forms or not AFTER_IT.match(text, forms[-1].end()):
-        return box
-    return forms[-1][1].strip()
+    box, start, end = (boxes(text) or [(None, 0, 0)])[-1]
+    if BEFORE.search(text[:start]) or AFTER.match(text, end):
+        box = None
+    sentences = [s for s in SENTENCE.finditer(text, end) if not (s[3] and box)]
+    stated = stated_in(sentences[-1], text) if sentences else box
+    return stated and result_of(stated.strip())
+
+
+def result_of(stated: str) -> str:
+    """42 of 6 · 7 = 42: the last side, if all are the same or, as gcd(4, 6), cannot be read."""
+    *sides, last = re.split(r"(?<![<>!:])=", stated)
+    if not sides or PLAIN.fullmatch(sides[0]):
+        return stated
+    unread = all(CALCULATION.fullmatch(side) and not same_answer(side, side) for side in sides)
+    return last.strip() if unread or all(same_answer(side, last) for side in sides) else stated
+
+
+def stated_in(sentence: re.Match, text: str) -> str | None:
+    """The formulas of a sentence, and the unit behind; None if something else is said there."""
+    formulas, end, joint = [next(filter(None, sentence.groups()))], sentence.end(), ", "
+    while sentence[1] and (more := MORE.match(text, end)):
+        formulas, end = [*formulas, more[2]], more.end()
+        joint = r" \text{ or } " if more[1].strip() == "or" else joint
+    if "or" in joint and not all(map(UNEQUAL.search, formulas)):
+        return None
+    rest = DECORATION.sub(" ", REST.match(text, end)[1]).strip()
+    clause = None if IN_BASE.fullmatch(rest) else CLAUSE.search(rest)
+    unit = rest[: clause.start()].strip() if clause else rest
+    said = rest[clause.start() :] if clause else ""
+    hedged = re.search(r"[\d$\\+*/=<>]", said) or HEDGES & set(re.findall("[a-z]+", said.lower()))
+    if hedged and not REASON.match(said):
+        return None
+    formula = joint.join(DELIMITERS.sub(r"\1\2", one) for one in formulas)
+    if found := IN_BASE.fullmatch(unit):
+        return rf"{formula} \text{{ base {found[1]}}}"
+    if not unit or unit in ("%", "°"):
+        return formula + {"": "", "%": r"\%", "°": r"^\circ"}[unit]
+    return rf"{formula} \text{{ {unit}}}" if is_unit(unit.lower().split()) else None
 
 
 def same_answer(prediction: str, gold: str) -> bool:
@@ -114,6 +157,9 @@ PYTHON = ("", "python", "py", "python3", "python2", "code", "ipython")
 DEFINES = re.compile(
     r"^[ \t]*(?:(?:async[ \t]+)?def \w+ *\(|class \w+ *[:(]|\w+ *= *lambda\b)", re.M
 )
+IMPORT = re.compile(r"^(?:import|from) .*$", re.M)
+FUTURE = re.compile(r"^from __future__ import .*\n?", re.M)
+BUILTINS = frozenset(dir(builtins))
 TESTING = re.compile(r"def (?:check\(|test)|class Test")
 COMPLETIONS = (  # of a line that begins a statement of several
     ("{}", "{}\n 0", "try: 0\n{}\n 0", "if 0: 0\n{}\n 0")
@@ -131,10 +177,16 @@ def code_rewards(programs: list[str | None], problems: list[Problem]) -> list[fl
     except ImportError as error:
         raise InputError(f"--task code needs Linux or macOS for its sandbox: {error}") from error
     jobs = [
-        (preamble(problem.given) + (program or ""), list(problem.tests))
+        (whole_program(program or "", problem), list(problem.tests))
         for program, problem in zip(programs, problems, strict=True)
     ]
     return list(map(float, sandbox.run_many(jobs)))
+
+
+def whole_program(program: str, problem: Problem) -> str:
+    """A program behind what stands before the function in HumanEval's prompt."""
+    future = "".join(FUTURE.findall(program))  # has to come first
+    return future + preamble(problem.given) + FUTURE.sub("", program)
 
 
 def same_program(one: str, two: str) -> bool:
@@ -143,27 +195,104 @@ def same_program(one: str, two: str) -> bool:
     return len({"\n".join(filter(None, part)) for part in lines}) == 1
 
 
-def program_of(attempt: str) -> str | None:
-    """The last program in an answer that defines something, or None.
+def program_of(attempt: str, problem: Problem | None = None) -> str | None:
+    """The program that an attempt answers with, or None.
 
-    It may be fenced, between MBPP's [BEGIN] and [DONE], or bare with prose around it. The last one
-    is the corrected one; but what follows a new "here is your task" is a run-on, and a block that
-    only tests what stands before it is none.
+    It is the last one that defines what the tests of the problem call, with helpers from other
+    parts of the answer, or a body that continues HumanEval's prompt; else the last that defines
+    something and does more than test.
     """
-    text = LEFTOVER.split(attempt.replace("\r\n", "\n"))[0]
+    sources = programs_in(attempt)
+    tests = "\n".join(problem.tests) if problem else ""
+    wanted = names_used(tests) or names_used(tests, but=())  # f, else what is named like a builtin
+    owners = [source for source in sources if wanted & set(definitions(source))]
+    if owners:
+        return with_helpers(owners[-1], sources)
+    if problem and problem.given and (body := continued(problem.given, attempt)):
+        return body
+    sources = [p for p in sources if not TESTING.match(DEFINES.search(p)[0])] or sources
+    return sources[-1] if sources else None
+
+
+def programs_in(attempt: str) -> list[str]:
+    """All parts of an answer that define something, in order.
+
+    They may be fenced, between MBPP's [BEGIN] and [DONE], or bare with prose around them. What
+    follows a new "here is your task" is a run-on.
+    """
+    text = LEFTOVER.split(attempt.replace("\r\n", "\n").replace("\ufeff", ""))[0]
     text = MARKER.sub(lambda mark: f"\n{mark[0].strip()}\n", text)
     for task in NEW_TASK.finditer(text):
         if DEFINES.search(text, 0, task.start()):
             text = text[: task.start()]
             break
-    programs = []
+    found = []
     for fenced, lines in blocks(text):
         for part in [lines] if fenced else bare_code(lines):
             source = textwrap.dedent("\n".join(part)).strip("\n").rstrip()
             if DEFINES.search(source):
-                programs.append(source)
-    programs = [p for p in programs if not TESTING.match(DEFINES.search(p)[0])] or programs
-    return programs[-1] if programs else None
+                found.append(source)
+    return found
+
+
+def parsed(source: str) -> ast.Module:
+    """A program's tree; an empty one if it is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return ast.parse(source)
+        except (SyntaxError, ValueError, MemoryError, RecursionError):
+            return ast.Module([], [])
+
+
+def definitions(source: str) -> dict[str, str]:
+    """The source of each function, class and value that a program defines at its top."""
+    found, lines = {}, source.split("\n")
+    for node in parsed(source).body:
+        names = [getattr(node, "name", "")]
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+        found |= {name: "\n".join(lines[first - 1 : node.end_lineno]) for name in names if name}
+    return found
+
+
+def names_used(source: str, but=BUILTINS) -> set[str]:
+    """Names that a program takes from elsewhere, but not these."""
+    nodes = list(ast.walk(parsed(source)))
+    used = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    made = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+    made |= {n.arg for n in nodes if isinstance(n, ast.arg)}
+    made |= {n.asname or n.name.partition(".")[0] for n in nodes if isinstance(n, ast.alias)}
+    made |= {getattr(n, "name", "") for n in nodes if not isinstance(n, ast.alias)}
+    return used - made - set(but)
+
+
+def with_helpers(source: str, others: list[str]) -> str:
+    """A program behind the definitions of other programs that it lacks."""
+    known = {name: text for other in others for name, text in definitions(other).items()}
+    imports = [line for other in others for line in IMPORT.findall(other)]
+    helpers: list[str] = []
+    while missing := sorted(names_used("\n".join([*helpers, source])) & set(known)):
+        helpers = [known.pop(missing[0]), *helpers]
+    given = [line for line in imports if line not in source] if helpers else []
+    return "\n\n".join([*dict.fromkeys(given), *helpers, source])
+
+
+def continued(given: str, attempt: str) -> str | None:
+    """HumanEval's prompt and a bare body behind it, or None."""
+    code = [lines for fenced, lines in blocks(attempt) if fenced and any(lines)]
+    lines = (code or [attempt.split("\n")])[-1]
+    first = lines[0].lstrip() if lines else ""
+    inside = [f"    {first}"]
+    for line in lines[1:]:
+        if line.strip() and line[0] not in " \t":
+            break
+        inside.append(line)
+    bodies = ("\n".join(inside), textwrap.indent("\n".join([first, *inside[1:]]), "    "))
+    whole = (given.rstrip() + "\n" + body.rstrip() for body in bodies if first)
+    return next((program for program in whole if parsed(program).body), None)
 
 
 def blocks(text: str) -> list[tuple[bool, list[str]]]:

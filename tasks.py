@@ -115,8 +115,8 @@ class Task:
 
     load(split, count): the first `count` problems of "train" or of one of `splits`, always in the
     same order; their `task` is the task's name. It has a parameter for each flag that it `takes`.
-    first(problem): the first prompt; again: the second. states(attempt): what it answers, None if
-    that cannot be found; keeps: a reply that stands for the answer of the attempt before it.
+    first(problem): the first prompt; again: the second. states(attempt, problem): what it answers,
+    None if that cannot be found; keeps: a reply that stands for the answer of the attempt before.
     rewards(answers, problems): 1.0 or 0.0 for each of those answers; same(answer, answer). feedback
     and refine are what Self-Refine says instead of `again`. training: other flags of score.py.
     """
@@ -124,7 +124,7 @@ class Task:
     load: Callable[..., tuple[Problem, ...]]
     first: Callable[[Problem], str]
     again: str
-    states: Callable[[str], str | None]
+    states: Callable[[str, Problem], str | None]
     rewards: Callable[[list[str | None], list[Problem]], list[float]]
     same: Callable[[str, str], bool]
     problems: int
@@ -163,7 +163,7 @@ TASKS = {
         load=sums_problems,
         first=lambda problem: problem.question,
         again="again =",
-        states=rewards.sums_answer,
+        states=lambda attempt, _: rewards.sums_answer(attempt),
         keeps="ok",
         rewards=each(lambda answer, problem: answer == problem.answer),
         same=str.__eq__,
@@ -177,7 +177,7 @@ TASKS = {
         # NOT STATED: where the question stands, and whether as a system or a user message.
         first=lambda problem: f"{MATH_PROMPT}\n\nProblem: {problem.question}",
         again=MATH_CORRECTION,
-        states=rewards.final_answer,
+        states=lambda attempt, _: rewards.final_answer(attempt),
         rewards=each(lambda answer, p: rewards.is_right(answer, p.answer, p.question)),
         same=rewards.same_answer,
         problems=500,
@@ -249,17 +249,16 @@ def settings_of(task: str) -> dict:
     return shared | TASKS[task].training
 
 
-def stated_answer(attempt: str, before: str | None, task: str) -> str | None:
+def stated_answer(attempt: str, before: str | None, problem: Problem) -> str | None:
     """The answer an attempt states, or None; before: that of the attempt before it."""
-    keeps = TASKS[task].keeps
-    return before if keeps and attempt == keeps else TASKS[task].states(attempt)
+    task = TASKS[problem.task]
+    return before if task.keeps and attempt == task.keeps else task.states(attempt, problem)
 
 
 def judge(attempts: list[str], before: list[str | None], problems: list[Problem]):
     """What attempts at problems of one task state, and their rewards; before: as above, of each."""
-    task = problems[0].task
-    stated = [stated_answer(*pair, task) for pair in zip(attempts, before, strict=True)]
-    return stated, TASKS[task].rewards(stated, problems)
+    stated = [stated_answer(*each) for each in zip(attempts, before, problems, strict=True)]
+    return stated, TASKS[problems[0].task].rewards(stated, problems)
 
 
 def agree(one: str | None, two: str | None, task: str) -> bool:

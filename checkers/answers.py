@@ -13,6 +13,7 @@ What cannot be read raises `Unreadable`. Next to read: expressions.py.
 import math
 import re
 from dataclasses import dataclass, replace
+from functools import partial, reduce
 from itertools import pairwise
 
 from checkers import expressions as expr
@@ -22,6 +23,10 @@ from checkers.spelling import NOUNS, NUMERALS, OPENING, SCALES, TWISTS, UNITS, c
 NESTED, LISTED, JOINED = 20, 32, 16  # brackets within brackets, items, intervals or sides
 
 # --- 1. Structure -----------------------------------------------------------------------------
+
+
+ENDS = (-math.inf, math.inf)
+EVERYTHING = (-math.inf, False, math.inf, False)  # all real numbers, as an interval
 
 
 @dataclass(frozen=True)
@@ -43,13 +48,15 @@ class Answer:
 
 
 RELATION = re.compile(r"[=<>≤≥≠≈]")
-VARIABLE = re.compile(
-    rf"\s*((?:{GREEK.pattern}|[A-Z]{{2}}|[A-Za-z])(?:_\w|_\{{\w+\}})?)\s*"
-    r"|\s*([fghpqFGHPQ](?:_\w|_\{\w+\})?(?:\^\{-1\})?)\s*\(\s*(?:[A-Za-z]|\\theta)\s*\)\s*"
+VARIABLE = re.compile(  # x, x_{n+1}, AB, and f(x), v(3), P(red)
+    rf"\s*((?:{GREEK.pattern}|[A-Z]{{2,4}}|[A-Za-z])(?:_\w|_\{{[\w+-]+\}})?)\s*"
+    r"|\s*((?:[d-wA-Z]|[xyz](?=\(t\)))(?:_\w|_\{\w+\})?(?:\^\{-1\})?)\s*"
+    r"\(\s*(?!\2\s*\))(?:[A-Za-z0-9](?:\s*,\s*[A-Za-z0-9])*|\\theta|«[^»]*»)\s*\)\s*"
+    r"|\s*\|\s*([A-Z]{2}|[a-wz])\s*\|\s*"
 )
 MEMBER = re.compile(r"([^=<>]*)\\in(?![a-zA-Z])")
 MATRIX = re.compile(
-    r"([^=]*?)\\begin\s*\{([pbB]?matrix|smallmatrix|array)\}(?:\{[lcr|\s]*\})?(.*)\\end\s*\{\2\}",
+    r"\\begin\s*\{([pbB]?matrix|smallmatrix|array)\}(?:\{[lcr|\s]*\})?(.*?)\\end\s*\{\1\}",
     re.DOTALL,
 )
 BASE = re.compile(
@@ -65,6 +72,10 @@ READS_DEGREES = re.compile(r"\\(?:sin|cos|tan|sec|csc|cot)")
 COSTLY = re.compile(r"\^|\\(?:pm|mp|sqrt)")
 COSTLIER = re.compile(r"!|\\(?:binom|exp|ln|log|arc|sin|cos|tan|sec|csc|cot)")
 MOST_COSTLY = 48  # powers and roots in an answer, or a dozen functions: an attack has hundreds
+CONGRUENCE = re.compile(
+    r"(?:([^=]*)\\equiv)?([^=]*?)[({\s]*(?:\\[pb]?mod|«mod»)\s*(\d+|{\d+})[)}\s]*"
+)
+EXCEPT = re.compile(r"«(?:[Aa]ll )?real numbers (?:except|but)»(.+)")
 INFINITE = re.compile(r"([+-]?)\s*\\infty\s*")
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 
@@ -90,13 +101,19 @@ def read(text: str, depth: int = 0) -> Answer:
 
 def as_list(items: list[Answer], either: bool) -> Answer:
     """Answers without order; inequalities joined by "or" are one set of numbers."""
-    names = {item.name for item in items}
-    kinds = {item.kind for item in items}
-    if either and len(names) == 1 and names != {""} and "reals" in kinds <= {"reals", "value"}:
+    names, kinds = {item.name for item in items}, {item.kind for item in items}
+    one_name = len(names) == 1 and names != {""}
+    if either and one_name and "reals" in kinds <= {"reals", "value"}:
         return Answer("reals", tuple(i for item in items for i in intervals(item)), names.pop())
+    if either and kinds == {"tuple"} and any(item.marks != "()" for item in items):
+        return Answer("reals", tuple(i for item in items for i in intervals(item)))
+    if one_name and kinds == {"reals"} and (both := combine(all, *(item.parts for item in items))):
+        return Answer("reals", both, names.pop())
     names -= {""}
-    if len(names) == 1:  # x = 2 or x = 3 is a list of two values
-        items = [replace(item, name="") for item in items]
+    if len({re.sub(r"_.*", "", name) for name in names}) == 1:  # x = 2 or x = 3: two values
+        items, names = [replace(item, name="") for item in items], set(list(names)[:1])
+    if either and len(names) > 1:
+        raise Unreadable("one name or another")
     flat = [i for item in items for i in (item.parts if item.marks in {"±", "∨"} else [item])]
     name = names.pop() if len(names) == 1 else ""
     return Answer("list", tuple(flat), name, marks="named" if names else "∨" if either else "")
@@ -128,16 +145,24 @@ def read_item(text: str, depth: int) -> Answer:
         return replace(members, name=found[1].strip())
     if found := INFINITE.fullmatch(text):
         return Answer("value", (-math.inf if found[1] == "-" else math.inf,))
+    if found := CONGRUENCE.fullmatch(text):
+        return read_congruence(*found.groups())
+    if found := EXCEPT.fullmatch(text):
+        return Answer(
+            "reals", combine(first_alone, (EVERYTHING,), intervals(read(found[1], depth)))
+        )
     if len(parts := split(re.sub(r"\\cup(?![a-zA-Z])", "∪", text), "∪")) > 1:
         return Answer("reals", few(i for part in few(parts) for i in set_of(part, depth)))
+    if len(parts := split(re.sub(r"\\cap(?![a-zA-Z])", "∩", text), "∩")) > 1:
+        return Answer("reals", combine(all, *(set_of(part, depth) for part in few(parts))))
     if len(parts := split(text, "∖")) == 2:
-        return Answer("reals", without(*(few(set_of(part, depth)) for part in parts)))
-    if found := MATRIX.fullmatch(text):
-        return read_matrix(*found.group(1, 3))
-    if RELATION.search(text):
+        return Answer("reals", combine(first_alone, *(few(set_of(part, depth)) for part in parts)))
+    if RELATION.search(MATRIX.sub("", text)):
         return read_relation(text, depth)
     if text[0] in OPENING and closes(text) == len(text) - 1:
         return read_bracketed(text, depth)
+    if MATRIX.search(text):
+        return Answer("matrix", read_matrices(text))
     found = BASE.fullmatch(re.sub(r"\s*[«»]\s*", "", text)) if "_" in text else None
     if found and (based := read_base(*found.groups())):
         return based
@@ -172,8 +197,9 @@ def set_of(text: str, depth: int) -> tuple:
 
 def read_number(text: str) -> Answer:
     """One value, or two where there is a plus-minus sign."""
-    text = unmarked(text)
-    plus = Answer("value", read_values(text, sign=1))
+    text, mark = unmarked(text), text[len(unmarked(text)) :]
+    unit = "degree" if "c" in mark or "d" in mark else ""  # \\circ, \\degree
+    plus = Answer("value", read_values(text, sign=1), unit=unit)
     if not re.search(r"\\(?:pm|mp)(?![a-zA-Z])", text):
         return plus
     return Answer("list", (plus, Answer("value", read_values(text, sign=-1))), marks="±")
@@ -215,18 +241,55 @@ def read_bracketed(text: str, depth: int) -> Answer:
     return Answer("tuple", items, marks=marks)
 
 
-def read_matrix(factor: str, body: str) -> Answer:
-    """Rows of values, times what stands before."""
-    rows = [few(split(row, "&")) for row in few(body.split("¶")) if row.strip()]
+def read_matrices(text: str) -> tuple:
+    """Rows of values of a sum of products of matrices, with a factor before each."""
+    total, product, at = None, None, 0
+    for found in few(MATRIX.finditer(text)):
+        between, at = text[at : found.start()].strip(), found.end()
+        if total is None and product is None:
+            factor = between
+        elif between[:1] in ("+", "-"):
+            total, product = sum_of_matrices(total, product), None
+            factor = between.lstrip("+ ")
+        else:
+            factor = re.sub(r"^(?:\\cdot|\\times)", "", between).strip()
+        factor = factor + "1" if factor in ("", "-") else factor
+        rows = [few(split(row, "&")) for row in few(found[2].split("¶")) if row.strip()]
+        rows = scaled(read_values(factor), [[read_values(cell) for cell in row] for row in rows])
+        product = rows if product is None else product_of_matrices(product, rows)
+    if text[at:].strip():
+        raise Unreadable("something behind a matrix")
+    return sum_of_matrices(total, product)
+
+
+def scaled(factor: tuple, rows: list) -> tuple:
     if not rows or len({len(row) for row in rows}) > 1:
         raise Unreadable("no matrix")
-    factors = read_values(factor) if factor.strip() else (ONE,)
-    cells = [tuple(times(factors, read_values(cell)) for cell in row) for row in rows]
-    return Answer("matrix", tuple(cells))
+    return tuple(tuple(pointwise(expr.multiply, factor, cell) for cell in row) for row in rows)
 
 
-def times(one: tuple, two: tuple) -> tuple:
-    return tuple(None if None in pair else expr.multiply(*pair) for pair in aligned(one, two))
+def sum_of_matrices(one: tuple | None, two: tuple) -> tuple:
+    if one is None:
+        return two
+    if (len(one), len(one[0])) != (len(two), len(two[0])):
+        raise Unreadable("a sum of matrices of unlike sizes")
+    pairs = [zip(*rows, strict=True) for rows in zip(one, two, strict=True)]
+    return tuple(tuple(pointwise(expr.add, *pair) for pair in row) for row in pairs)
+
+
+def product_of_matrices(one: tuple, two: tuple) -> tuple:
+    if len(one[0]) != len(two):
+        raise Unreadable("a product of matrices of unlike sizes")
+    return tuple(tuple(dot(row, column) for column in zip(*two, strict=True)) for row in one)
+
+
+def dot(row: tuple, column: tuple) -> tuple:
+    terms = [pointwise(expr.multiply, *pair) for pair in zip(row, column, strict=True)]
+    return reduce(partial(pointwise, expr.add), terms)
+
+
+def pointwise(operation, one: tuple, two: tuple) -> tuple:
+    return tuple(None if None in pair else operation(*pair) for pair in aligned(one, two))
 
 
 def aligned(one: tuple, two: tuple) -> list[tuple]:
@@ -246,6 +309,17 @@ def read_base(digits: str, base: str) -> Answer | None:
     if base == "10":
         return read_number(digits)
     return Answer("base", (digits.lstrip("0") or "0", int(base)))
+
+
+def read_congruence(name: str | None, residue: str, modulus: str) -> Answer:
+    """x ≡ 3 (mod 8) is 3, if that is the least residue."""
+    residue, modulus, name = residue.strip(), int(modulus.strip("{}")), (name or "").strip()
+    if not residue.isdecimal() or int(residue) >= modulus or re.fullmatch(r"-?[\d.]+", name):
+        raise Unreadable("no least residue, or two answers")
+    if name and not VARIABLE.fullmatch(name):
+        constant(name)  # or Unreadable
+        name = ""
+    return Answer("value", (constant(residue),), name, unit=f"mod {modulus}")
 
 
 def read_letters(letters: str) -> Answer:
@@ -291,12 +365,12 @@ def phrase(text: str) -> Answer:
     if words in ("", "nan"):
         raise Unreadable("no word")
     if words in ("all real numbers", "all reals", "real numbers", "all real values"):
-        return Answer("reals", ((-math.inf, False, math.inf, False),))
+        return Answer("reals", (EVERYTHING,))
     if words == "infinity":
         return Answer("value", (math.inf,))
     if words in NUMERALS:
         return read_number(str(NUMERALS.index(words)))
-    return Answer("word", (words,))
+    return Answer("word", (words,), values=read_values("e") if text == "e»" else ())
 
 
 def unit_name(words: list[str]) -> str:
@@ -311,8 +385,16 @@ def unit_name(words: list[str]) -> str:
 
 # --- 2. Relations, and sets of real numbers ---------------------------------------------------
 
-ENDS = (-math.inf, math.inf)
 FLIPPED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤", "≠": "≠"}
+
+
+def is_solved(text: str) -> bool:
+    """Does a variable stand alone on a side of each equation and inequality?"""
+    relations = [part for part in re.split("[,;∨]", tidy(text)) if RELATION.search(part)]
+    return all(
+        any(VARIABLE.fullmatch(side) and "|" not in side for side in RELATION.split(relation))
+        for relation in relations
+    )
 
 
 def read_relation(text: str, depth: int) -> Answer:
@@ -354,15 +436,15 @@ def read_equation(sides: tuple[str, ...], depth: int) -> Answer:
     if len(sides) == 2 and POINT.fullmatch(sides[0]):
         return read_point(name, read(sides[1], depth))
     if len(sides) == 2 and re.fullmatch(r"«[^»]*»", sides[0]):
-        answer = read(sides[1], depth)
-        words = re.findall(r"\w+", sides[0].lower())
-        if answer.kind == "word" or len(words) > 1 or TWISTS & set(words):
+        answer, words = read(sides[1], depth), re.findall(r"\w+", sides[0].lower())
+        no_name = TWISTS.union(NUMERALS, ["square", "cube"])
+        if answer.kind == "word" or len(words) > 4 or no_name & set(words):
             raise Unreadable("words on the left that are no name")
-        return replace(answer, name=name)
+        return replace(answer, name=name if len(words) == 1 else "")
     named = VARIABLE.fullmatch(sides[0])
     if TWISTS & set(re.findall(r"[a-z]+", name.lower())):
         raise Unreadable("no name")
-    letter = named and (named[1] or named[2].partition("^")[0])
+    letter = named and (named[1] or (named[2] or named[3]).partition("^")[0])
     if len(sides) == 2 and not (named and letter not in variables(sides[1])):
         return Answer("equation", difference(*sides))
     answers = [read(side, depth) for side in sides[1:]]
@@ -399,37 +481,60 @@ def difference(left: str, right: str) -> tuple[Number, ...]:
 
 
 def read_inequality(sides: tuple[str, ...], signs: list[str]) -> Answer:
-    """x > 3 and -1 < x ≤ 2 as the numbers that x may be, s^2 < 8r as it is."""
-    names = [at for at, side in enumerate(sides) if VARIABLE.fullmatch(side)]
-    others = [side for at, side in enumerate(sides) if at not in names]
-    if len(names) == 1 and not any(variables(side) for side in others):
-        return read_bounds(sides, signs, names[0])
+    """x > 3, -1 < 2x ≤ 2 and |x - 1| < 3 as the numbers that x may be, s^2 < 8r as it is."""
+    links = [*zip(signs, pairwise(sides), strict=True)]
+    names = set().union(*(variables(side) for side in sides))
+    one_way = {*signs} <= {*"<≤"} or {*signs} <= {*">≥"}
+    calls = [side for side in sides if VARIABLE.fullmatch(side) and "|" not in side]
+    if len(signs) == 1 or one_way:
+        name = (
+            calls[0].strip() if len(calls) == 1 else names.copy().pop() if len(names) == 1 else ""
+        )
+        found = [solutions(sign, *pair, name) for sign, pair in links] if name else [None]
+        if None not in found:
+            if not (within := combine(all, *found)):
+                raise Unreadable("no number is between")
+            return Answer("reals", within, name=re.sub(r"\s", "", name))
     if signs[-1] in "<≤":
-        sides, signs = sides[::-1], [FLIPPED[sign] for sign in reversed(signs)]
-    links = zip(signs, pairwise(sides), strict=True)
+        links = [(FLIPPED[sign], pair[::-1]) for sign, pair in reversed(links)]
     chain = tuple(Answer("inequality", difference(*pair), marks=sign) for sign, pair in links)
     return chain[0] if len(chain) == 1 else Answer("chain", chain)
 
 
-def read_bounds(sides: tuple[str, ...], signs: list[str], named: int) -> Answer:
-    """The numbers that the side `named` may be."""
-    low, high = (-math.inf, False), (math.inf, False)
-    name = re.sub(r"\s", "", sides[named])
-    one_way = {*signs} <= {*"<≤"} or {*signs} <= {*">≥"}
-    if len(signs) == 2 and not (named == 1 and one_way):
-        raise Unreadable("a chain of inequalities of several kinds")
-    for at, sign in enumerate(signs):
-        bound = bound_of(sides[at if named > at else at + 1])
-        if sign == "≠":
-            below_and_above = ((*low, bound, False), (bound, False, *high))
-            return Answer("reals", below_and_above, name=name)
-        if (sign in "<≤") == (named > at):  # bound < name, or name > bound
-            low = (bound, sign in "≤≥")
-        else:
-            high = (bound, sign in "≤≥")
-    if not before(low[0], high[0]):
-        raise Unreadable("no number is between")
-    return Answer("reals", ((*low, *high),), name=name)
+def solutions(sign: str, left: str, right: str, name: str) -> tuple | None:
+    """The x for which left < right, None if that is not linear in x, or in |..| of x."""
+    if INFINITE.fullmatch(left.strip()) or right.strip() == name:
+        left, right, sign = right, left, FLIPPED[sign]
+    if found := re.fullmatch(r"\|([^|]*)\|", left.strip()):
+        negative = solutions(FLIPPED[sign], found[1], f"-({right})", name)
+        positive = solutions(sign, found[1], right, name)
+        if None in (negative, positive):
+            return None
+        return combine(all, negative, positive) if sign in "<≤" else (*negative, *positive)
+    if left.strip() == name:
+        bound, rises = bound_of(right), True
+    else:
+        bound, rises = root_of(left, right, name)
+    if bound is None:
+        return None
+    if sign == "≠":
+        return ((-math.inf, False, bound, False), (bound, False, math.inf, False))
+    if (sign in "<≤") == rises:
+        return ((-math.inf, False, bound, sign in "≤≥"),)
+    return ((bound, sign in "≤≥", math.inf, False),)
+
+
+def root_of(left: str, right: str, name: str) -> tuple[Number | None, bool]:
+    """Where left - right is 0 and whether it rises, (None, ..) if it is no line over `name`."""
+    heights = difference(left, right)
+    places = [expr.variable(name, point) for point in range(len(heights))]
+    if None in heights or not all(map(expr.is_real, heights)):
+        return None, False
+    (x, y), *others = zip(places, heights, strict=True)
+    slopes = [expr.divide(expr.add(v, -y), expr.add(u, -x)) for u, v in others]
+    if not all(equal(slope, slopes[0]) for slope in slopes) or slopes[0] == 0:
+        return None, False
+    return expr.add(x, -expr.divide(y, slopes[0])), expr.below(-slopes[0], slopes[0])
 
 
 def bound_of(text: str):
@@ -452,20 +557,27 @@ def intervals(answer: Answer) -> tuple[tuple, ...]:
     raise Unreadable("no set of real numbers")
 
 
-def without(parts: tuple, points: tuple) -> tuple:
-    """Intervals less single points."""
-    for point, _, end, _ in points:
-        if point != end:
-            raise Unreadable("less an interval")
-        cut = []
-        for low, has_low, high, has_high in parts:
-            if before(low, point) and before(point, high):
-                cut += [(low, has_low, point, False), (point, False, high, has_high)]
-            else:
-                ends = (has_low and not alike(low, point), has_high and not alike(high, point))
-                cut.append((low, ends[0], high, ends[1]))
-        parts = tuple(cut)
-    return parts
+def first_alone(within: list[bool]) -> bool:
+    return within[0] and not within[1]
+
+
+def combine(rule, *sets: tuple) -> tuple:
+    """The numbers for which rule([is it in the first set?, in the second? ..]), as intervals."""
+    ends = [x for parts in sets for low, _, high, _ in parts for x in (low, high)]
+    ends = sorted({x for x in ends if x not in ENDS}, key=lambda x: float(expr.inexact(x).real))
+    places = [(x, x) for x in ends] + [*pairwise((-math.inf, *ends, math.inf))]
+    return tuple(
+        (low, low == high, high, low == high)
+        for low, high in places
+        if rule([holds(between(low, high), parts) for parts in sets])
+    )
+
+
+def between(low, high) -> Number:
+    """A number between two, of which one or both may be infinite."""
+    if low in ENDS:
+        return ONE if high in ENDS else expr.add(high, -ONE)
+    return expr.add(low, ONE) if high in ENDS else expr.multiply(expr.HALF, expr.add(low, high))
 
 
 def before(x, y) -> bool:
@@ -499,10 +611,12 @@ def same(one: Answer, two: Answer) -> bool:
     """Are two answers the same? Names and known units must agree where both have one."""
     if (one.name and two.name and one.name != two.name) or "equation" in (one.kind, two.kind):
         return proportional(as_equation(one), as_equation(two))
-    if one.unit and two.unit and one.unit != two.unit:
+    units = {one.unit, two.unit} - {""}
+    if len(units) > 1 and not ("degree" in units and all(u.startswith("degree") for u in units)):
         return False
     if one.kind != two.kind and "list" in (one.kind, two.kind):
         one, two = (a.parts[0] if a.kind == "list" and len(a.parts) == 1 else a for a in (one, two))
+    one, two = as_tuple(one, two), as_tuple(two, one)
     kinds = {one.kind, two.kind}
     if kinds == {"word"} and one.parts == two.parts:
         return True
@@ -515,6 +629,14 @@ def same(one: Answer, two: Answer) -> bool:
     if len(kinds) > 1 or len(one.parts) != len(two.parts):
         return False
     return COMPARISONS[one.kind](one, two)
+
+
+def as_tuple(answer: Answer, other: Answer) -> Answer:
+    """x = 2, y = 3 as (2, 3), where the other answer is a tuple; in order of the alphabet."""
+    if other.kind != "tuple" or answer.marks != "named" or not all(p.name for p in answer.parts):
+        return answer
+    parts = sorted(answer.parts, key=lambda part: part.name)
+    return Answer("tuple", tuple(replace(part, name="") for part in parts), marks=other.marks)
 
 
 def as_equation(answer: Answer) -> tuple:
@@ -572,12 +694,7 @@ def same_matrix(one: Answer, two: Answer) -> bool:
 
 
 def same_reals(one: tuple, two: tuple) -> bool:
-    """Do two unions of intervals hold the same of their ends, and of what lies between?"""
-    ends = [x for low, _, high, _ in (*one, *two) for x in (low, high) if not isinstance(x, float)]
-    ends = sorted(ends, key=lambda x: float(expr.inexact(x).real))
-    between = [expr.multiply(expr.HALF, expr.add(x, y)) for x, y in pairwise(ends)]
-    beyond = [expr.add(ends[0], -ONE), expr.add(ends[-1], ONE)] if ends else [ONE]
-    return all(holds(x, one) == holds(x, two) for x in (*ends, *between, *beyond))
+    return not combine(lambda within: within[0] != within[1], one, two)
 
 
 def proportional(one: tuple, two: tuple) -> bool:

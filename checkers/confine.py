@@ -3,9 +3,10 @@
     read_only(folders)     from now on, files can be opened in these folders only, for reading
     confine(filter)        from now on, only the system calls of ALLOWED exist
 
-Both are for good, and hold for children, native code and root. There is no way to open a socket or
-a file for writing, to start a process or thread, or to signal one: what is not listed fails with
-EPERM. Linux on x86-64 and ARM64; elsewhere both return False. Next to read: wire.py.
+Both are for good, and hold for threads, native code and root. There is no way to open a socket or a
+file for writing, to start a process, or to signal one: what is not listed fails with EPERM. There
+are threads, and sockets that end where they begin, as asyncio needs them. Linux on x86-64 and
+ARM64; elsewhere both return False. Next to read: wire.py.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import os
 import platform
 import resource
 import signal
+import socket
 import struct
 import sys
 
@@ -23,24 +25,36 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 ALLOWED = {
     "read": (0, 63), "write": (1, 64), "close": (3, 57), "stat": (4, None), "fstat": (5, 80),
     "lstat": (6, None), "lseek": (8, 62), "mmap": (9, 222), "mprotect": (10, 226),
-    "munmap": (11, 215), "brk": (12, 214), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139),
-    "pread64": (17, 67), "access": (21, None), "sched_yield": (24, 124), "mremap": (25, 216),
-    "madvise": (28, 233), "nanosleep": (35, 101), "getpid": (39, 172), "exit": (60, 93),
-    "uname": (63, 160), "getcwd": (79, 17), "readlink": (89, None), "gettimeofday": (96, 169),
-    "getrusage": (98, 165), "times": (100, 153),
-    "getuid": (102, 174), "getgid": (104, 176), "geteuid": (107, 175), "getegid": (108, 177),
-    "gettid": (186, 178), "time": (201, None), "futex": (202, 98), "sched_getaffinity": (204, 123),
-    "getdents64": (217, 61), "restart_syscall": (219, 128), "clock_gettime": (228, 113),
-    "clock_getres": (229, 114), "clock_nanosleep": (230, 115), "exit_group": (231, 94),
-    "newfstatat": (262, 79), "readlinkat": (267, 78), "getrandom": (318, 278), "statx": (332, 291),
+    "munmap": (11, 215), "brk": (12, 214), "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135),
+    "rt_sigreturn": (15, 139), "pread64": (17, 67), "access": (21, None), "sched_yield": (24, 124),
+    "mremap": (25, 216), "madvise": (28, 233), "nanosleep": (35, 101), "getpid": (39, 172),
+    "sendto": (44, 206), "recvfrom": (45, 207), "exit": (60, 93), "uname": (63, 160),
+    "getcwd": (79, 17), "readlink": (89, None), "gettimeofday": (96, 169), "getrusage": (98, 165),
+    "times": (100, 153), "getuid": (102, 174), "getgid": (104, 176), "geteuid": (107, 175),
+    "getegid": (108, 177), "gettid": (186, 178), "time": (201, None), "futex": (202, 98),
+    "sched_getaffinity": (204, 123), "getdents64": (217, 61), "restart_syscall": (219, 128),
+    "clock_gettime": (228, 113), "clock_getres": (229, 114), "clock_nanosleep": (230, 115),
+    "exit_group": (231, 94), "epoll_wait": (232, None), "epoll_ctl": (233, 21),
+    "newfstatat": (262, 79), "readlinkat": (267, 78), "set_robust_list": (273, 99),
+    "epoll_pwait": (281, 22), "epoll_create1": (291, 20), "getrandom": (318, 278),
+    "statx": (332, 291), "rseq": (334, 293),
 }  # fmt: skip
-OPENAT = (257, 56)  # allowed for reading, where Landlock says what
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+ALL = 2**32 - 1
+CHECKED = {  # allowed if an argument, masked, has a value: numbers, which argument, mask, value
+    "openat": ((257, 56), 2, WRITING, 0),  # to read, where Landlock says what
+    "clone": ((56, 220), 0, ALL, 0x3D0F00),  # a thread, as glibc makes it
+    "fcntl": ((72, 25), 1, ALL - 7, 0),  # its first commands: no F_SETOWN, which sends signals
+    "ioctl": ((16, 29), 1, ALL, 0x5421),  # FIONBIO, not to block
+    "socketpair": ((53, 199), 1, 15, socket.SOCK_STREAM),  # a datagram could go anywhere
+}
+CLONE3 = 435  # is said to be absent, so that glibc takes clone, whose flags can be seen
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, AUDIT_ARCH
 
 LOAD, AND, EQUAL, RETURN = 0x20, 0x54, 0x15, 0x06  # instructions of BPF
 KILL, DENY, ALLOW = 0x80000000, 0x00050001, 0x7FFF0000  # what a filter returns; DENY is EPERM
-NUMBER, ARCH, FLAGS = 0, 4, 32  # places in seccomp_data; openat's flags are its third argument
+ABSENT = 0x00050026  # ENOSYS
+NUMBER, ARCH, ARGUMENTS = 0, 4, 16  # places in seccomp_data
 PDEATHSIG, SECCOMP, NO_NEW_PRIVS = 1, 22, 38  # of prctl
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # Landlock's system calls
 READ_FILE, READ_DIR = 4, 8  # two of its rights
@@ -106,12 +120,16 @@ def seccomp_filter(reading: bool) -> bytes | None:
     column, arch = ARCHITECTURES.get(platform.machine(), (None, None))
     if column is None or sys.platform != "linux":
         return None
-    numbers = [pair[column] for pair in ALLOWED.values() if pair[column] is not None]
     rows = [(LOAD, 0, 0, ARCH), (EQUAL, 1, 0, arch), (RETURN, 0, 0, KILL), (LOAD, 0, 0, NUMBER)]
-    for position, number in enumerate(numbers):  # (.., skip if equal, skip if not, ..)
-        rows.append((EQUAL, len(numbers) - position + 4, 0, number))
-    rows += [(EQUAL, 0, 3, OPENAT[column]), (LOAD, 0, 0, FLAGS), (AND, 0, 0, WRITING)]
-    rows += [(EQUAL, int(reading), 0, 0), (RETURN, 0, 0, DENY), (RETURN, 0, 0, ALLOW)]
+    rows += [(EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, ABSENT)]  # (.., skip if equal, skip if not, ..)
+    for name, (numbers, argument, mask, value) in CHECKED.items():
+        if reading or name != "openat":
+            rows += [(EQUAL, 0, 5, numbers[column]), (LOAD, 0, 0, ARGUMENTS + 8 * argument)]
+            rows += [(AND, 0, 0, mask), (EQUAL, 0, 1, value), (RETURN, 0, 0, ALLOW)]
+            rows += [(RETURN, 0, 0, DENY)]
+    numbers = [pair[column] for pair in ALLOWED.values() if pair[column] is not None]
+    rows += [(EQUAL, len(numbers) - at, 0, number) for at, number in enumerate(numbers)]
+    rows += [(RETURN, 0, 0, DENY), (RETURN, 0, 0, ALLOW)]
     return b"".join(struct.pack("HBBI", *row) for row in rows)
 
 

@@ -13,8 +13,10 @@ Next to read: spelling.py.
 
 import math
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
+from functools import cache, partial
 from zlib import crc32
 
 from mpmath import MPContext, libmp  # comes with sympy
@@ -213,6 +215,28 @@ def variable(name: str, point: int) -> Fraction:
     return -value if negative else value
 
 
+@dataclass(frozen=True)
+class Algebra:
+    """What a Reader makes of sums, products .. and variables."""
+
+    add: Callable
+    multiply: Callable
+    divide: Callable
+    power: Callable
+    factorial: Callable
+    binomial: Callable
+    rounded: Callable
+    size: Callable
+    apply: Callable
+    variable: Callable
+
+
+def numbers(point: int) -> Algebra:
+    """Numbers, with variables as they stand at a point."""
+    functions = (add, multiply, divide, power, factorial, binomial, rounded, size, apply)
+    return Algebra(*functions, variable=partial(variable, point=point))
+
+
 # --- 2. Reading -------------------------------------------------------------------------------
 
 SPACE, NOTHING = re.compile(r"\s*"), re.compile(r"\Z")
@@ -224,7 +248,8 @@ RAISED = re.compile(r"\^|\*\*")
 FACTOR_OF_ARGUMENT = re.compile(r"[A-Za-z]|\\(?:pi|frac|sqrt)(?![A-Za-z])")
 LITERALS = re.compile(r"(\d+)?(?:\.(\d+)?(?:\\(?:overline|bar)\s*\{?(\d+)\}?)?)?", re.ASCII)
 EXPONENT = re.compile(r"\d+(?:\.\d+)?", re.ASCII)
-SUBSCRIPT = re.compile(r"_(?:\{\s*(\w+)\s*\}|(\w))", re.ASCII)
+SUBSCRIPT = re.compile(r"_(?:\{\s*([\w+-]+)\s*\}|(\w))", re.ASCII)
+ENDED = re.compile(r"(?:!|\}|\^\s*\w|\\sqrt\s*\d|\\pi)\s+$|!$")  # where a digit begins a factor
 DIGITS = r"\s*(?:\{\s*(\d+)\s*\}|(\d))"
 MIXED = re.compile(rf"\s*\\frac{DIGITS}{DIGITS}|\s+(\d+)/(\d+)", re.ASCII)
 DEGREE = re.compile(r"\^\s*\{\s*\\circ\s*\}|\^?\s*\\(?:circ|degree)(?![A-Za-z])")
@@ -249,10 +274,14 @@ def literal(text: str) -> re.Pattern:
 
 
 class Reader:
-    """One pass over a text. names: the variables met. sign: \\pm's, 0 if none may be."""
+    """One pass over a text. names: the variables met. sign: \\pm's, 0 if none may be.
 
-    def __init__(self, text: str, point: int, sign: int):
-        self.text, self.point, self.sign = text, point, sign
+    algebra: what is made of sums, products ..: numbers here, shapes in shapes.py; parts are all of
+    them that are expressions or terms.
+    """
+
+    def __init__(self, text: str, algebra: "Algebra", sign: int):
+        self.text, self.algebra, self.sign, self.parts = text, algebra, sign, []
         self.at, self.depth, self.bars, self.degrees, self.effort = 0, 0, False, None, 0
         self.names: set[str] = set()
         self.tall = self.irrational = False
@@ -289,13 +318,14 @@ class Reader:
         total = self.term()
         while True:
             if self.take("+"):
-                total = add(total, self.term())
+                total = self.algebra.add(total, self.term())
             elif self.take("-"):
-                total = add(total, -self.term())
+                total = self.algebra.add(total, -self.term())
             elif found := self.take(PLUS_MINUS):
-                total = add(total, self.plus_minus(found) * self.term())
+                total = self.algebra.add(total, self.plus_minus(found, self.term()))
             else:
                 self.depth -= 1
+                self.parts.append(total)
                 return total
             self.weigh(total, known)
 
@@ -307,33 +337,34 @@ class Reader:
             self.spend(1)
             self.weigh(product, known)
             if self.take(TIMES):
-                product = multiply(product, self.signed())
+                product = self.algebra.multiply(product, self.signed())
             elif self.take(DIVIDE):
-                product = divide(product, self.signed())
+                product = self.algebra.divide(product, self.signed())
             elif self.begins_factor():
-                product = multiply(product, self.power())
+                product = self.algebra.multiply(product, self.power())
             else:
+                self.parts.append(product)
                 return product
 
     def begins_factor(self) -> bool:
-        """Does a factor follow side by side? Never a digit: 5 6 is no number."""
+        """Does a factor follow side by side? A digit only behind a power or the like: 2^4 5^2."""
         if self.sees("|"):
             return not self.bars
-        if self.text[: self.at].rstrip()[-1:] == "!" and self.sees(DIGIT):
-            return True
+        if self.sees(DIGIT):
+            return bool(ENDED.search(self.text[: SPACE.match(self.text, self.at).end()]))
         return self.sees(STARTS) or self.sees(GREEK)
 
     def signed(self) -> Number:
         if found := self.take(SIGN):
             return -self.signed() if found[0] == "-" else self.signed()
         if found := self.take(PLUS_MINUS):
-            return self.plus_minus(found) * self.signed()
+            return self.plus_minus(found, self.signed())
         return self.power()
 
-    def plus_minus(self, found: re.Match) -> int:
+    def plus_minus(self, found: re.Match, value: Number) -> Number:
         if not self.sign:
             raise Unreadable("a plus-minus sign where one value is needed")
-        return self.sign if found[0] == r"\pm" else -self.sign
+        return value if (found[0] == r"\pm") == (self.sign > 0) else -value
 
     def power(self) -> Number:
         self.depth += 1
@@ -342,7 +373,7 @@ class Reader:
         base = self.postfixed()
         if self.take(RAISED):
             self.spend(POWER_EFFORT)
-            base = power(base, self.exponent())
+            base = self.algebra.power(base, self.exponent())
             self.irrational = self.irrational or not isinstance(base, Fraction)
         self.depth -= 1
         return base
@@ -353,7 +384,7 @@ class Reader:
         digits = self.take(EXPONENT)
         value = Fraction(digits[0]) if digits else self.primary()
         if self.take(RAISED):
-            value = power(value, self.exponent())
+            value = self.algebra.power(value, self.exponent())
         return -value if minus else value
 
     def postfixed(self) -> Number:
@@ -366,7 +397,7 @@ class Reader:
                 self.degrees = True
             elif self.take("!"):
                 self.spend(FACTORIAL_EFFORT)
-                value = factorial(value)
+                value = self.algebra.factorial(value)
             else:
                 return value
 
@@ -387,9 +418,9 @@ class Reader:
         if not self.take(CLOSING[opening]):
             raise Unreadable("not closed")
         if opening == "|":
-            return size(value)
+            return self.algebra.size(value)
         if opening.startswith("\\"):
-            return rounded(value, up=opening == r"\lceil")
+            return self.algebra.rounded(value, up=opening == r"\lceil")
         return value
 
     def argument(self) -> Number:
@@ -408,7 +439,7 @@ class Reader:
 
     def binomial(self) -> Number:
         self.spend(3 * FACTORIAL_EFFORT)
-        return binomial(self.argument(), self.argument())
+        return self.algebra.binomial(self.argument(), self.argument())
 
     def constant(self, value) -> Number:
         self.irrational = True
@@ -419,7 +450,7 @@ class Reader:
         degree = self.group("[") if self.take("[") else Fraction(2)
         if not isinstance(degree, Fraction) or degree.denominator != 1 or degree < 2:
             raise Unreadable("no root")
-        value = power(self.argument(), 1 / degree)
+        value = self.algebra.power(self.argument(), 1 / degree)
         self.irrational = self.irrational or not isinstance(value, Fraction)
         return value
 
@@ -447,7 +478,7 @@ class Reader:
             if found[1] in FUNCTIONS:
                 return self.function(found[1])
             if found[1] == "frac":
-                return divide(self.argument(), self.argument())
+                return self.algebra.divide(self.argument(), self.argument())
             if found[1] in ("sqrt", "binom"):
                 return self.root() if found[1] == "sqrt" else self.binomial()
             if found[1] == "pi":
@@ -466,11 +497,11 @@ class Reader:
             return self.constant(1j)
         elif name in "fg" and self.take("("):
             self.names.add(name)  # f(2) is a number of its own, but the same as f(1 + 1)
-            return variable(f"{name}({describe(self.group('('))})", self.point)
+            return self.algebra.variable(f"{name}({describe(self.group('('))})")
         elif name == "e":
             return self.constant(MP.e)
         self.names.add(name)
-        return variable(name, self.point)
+        return self.algebra.variable(name)
 
     def function(self, name: str) -> Number:
         """sin x, sin^2 x, sin^{-1} x, sin 5x, sin(x), log_2 8."""
@@ -486,31 +517,38 @@ class Reader:
         outside, self.degrees = self.degrees, False  # None outside of functions
         value = self.postfixed() if self.sees("(") else self.side_by_side()
         if self.degrees:
-            value = multiply(value, settle(MP.mpc(MP.pi) / 180))
+            value = self.algebra.multiply(value, settle(MP.mpc(MP.pi) / 180))
         self.degrees = outside
-        result = apply("ln" if base is not None else name, value)
+        result = self.algebra.apply("ln" if base is not None else name, value)
         if base is not None:
-            result = divide(result, apply("ln", base))
-        return power(result, exponent)
+            result = self.algebra.divide(result, self.algebra.apply("ln", base))
+        return self.algebra.power(result, exponent)
 
     def side_by_side(self) -> Number:
         """The argument of a function without parentheses: 5x in sin 5x cos x."""
         value = -self.power() if self.take("-") else self.power()
         while self.sees(FACTOR_OF_ARGUMENT) or self.sees(GREEK):
-            value = multiply(value, self.power())
+            value = self.algebra.multiply(value, self.power())
         return value
 
 
-def describe(x: Number) -> str:
-    return str(x) if isinstance(x, Fraction) else MP.nstr(x, 40)
+def describe(x) -> str:
+    return MP.nstr(x, 40) if isinstance(x, MP.mpc) else str(x)
+
+
+def read_all(text: str, algebra: Algebra, sign: int = 0) -> Reader:
+    """The Reader of a whole text; its last part is the expression; raises Unreadable."""
+    reader = Reader(text, algebra, sign)
+    reader.expression()
+    if not reader.take(NOTHING):
+        raise Unreadable("something follows")
+    return reader
 
 
 def read_value(text: str, point: int = 0, sign: int = 0) -> tuple[Number, set[str]]:
     """The value of a whole text at a point, and the variables in it; raises Unreadable."""
-    reader = Reader(text, point, sign)
-    value = reader.expression()
-    if not reader.take(NOTHING):
-        raise Unreadable("something follows")
+    reader = read_all(text, numbers(point), sign)
+    value = reader.parts[-1]
     if reader.tall and reader.irrational:
         raise Unreadable("too many digits beside an irrational number")
     return value, reader.names

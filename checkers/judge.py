@@ -9,6 +9,7 @@ sandbox.py starts this file as a script. Next to read: confine.py.
 
 import ast
 import builtins
+import contextlib
 import gc
 import importlib
 import math
@@ -26,14 +27,16 @@ from checkers.confine import confine, die_with_parent, limit, read_only, seccomp
 from checkers.wire import pack, receive, send, unpack
 
 MEMORY, OPEN_FILES = 2**29, 32  # bytes, and file numbers, of a candidate and of a judge
-WALL = 2  # times the limit of CPU time: a program may have to wait for others
+WALL = 4  # times the limit of CPU time: a program may have to wait for others
 LONGEST_REPLY = 2**24  # bytes
 # Loaded in the zygote, to spare every program the time.
 PRELOADED = (
-    "abc array base64 bisect calendar cmath copy dataclasses difflib enum hashlib heapq inspect io "
-    "itertools math numbers operator pprint random re secrets statistics string textwrap time "
-    "traceback typing unicodedata"
+    "abc array asyncio base64 bisect bz2 calendar cmath copy dataclasses difflib enum hashlib "
+    "heapq inspect io itertools lzma math numbers operator pprint random re secrets sqlite3 "
+    "statistics string textwrap threading time traceback typing unicodedata"
 )
+
+CHANGEABLE = (list, dict, set)
 
 # --- 1. Candidate and zygote -------------------------------------------------------------------
 
@@ -57,16 +60,24 @@ def candidate(instructions: bytes | None, missing: str) -> None:
         objects.append(value)
         return len(objects) - 1
 
-    def answer(verb: str, name: str | int, *values):
+    def answer(verb: str, name: str | int, *values) -> list:
+        """The result, and what has become of the arguments of a call, by their numbers."""
         if verb == "run":
-            return exec(compile(name, "program", "exec"), vars(module))
-        return VERBS[verb](held(name), *(unpack(value, held) for value in values))
+            return [exec(compile(name, "program", "exec"), vars(module)), []]
+        given = [unpack(value, held) for value in values]
+        result = pack(VERBS[verb](held(name), *given), hold)
+        if verb != "call":
+            return [result, []]
+        before = [*values[0][1], *(item for _, item in values[1][1])]
+        after = enumerate([*given[0], *given[1].values()])
+        after = [[at, pack(value, hold)] for at, value in after if type(value) in CHANGEABLE]
+        return [result, [[at, new] for at, new in after if new != before[at]]]
 
     send(channel, missing if confine(instructions) else "seccomp")
     while True:
         request = receive(channel)
         try:
-            reply = [True, pack(answer(*request), hold)]
+            reply = [True, *answer(*request)]
         except BaseException as error:  # SystemExit, for one
             kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"]
             reply = [False, kinds[0]]
@@ -77,7 +88,8 @@ def zygote(control: socket.socket) -> None:
     """Fork a candidate for each socket that the judge sends, and end it when the judge says so."""
     die_with_parent()
     for name in PRELOADED.split():
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):  # some Pythons lack sqlite3 or lzma
+            importlib.import_module(name)
     folders = [folder for folder in sys.path if os.path.isdir(folder)]
     reading = read_only(folders, hidden="-packages")
     instructions, missing = seccomp_filter(reading), "" if reading else "Landlock"
@@ -89,7 +101,7 @@ def zygote(control: socket.socket) -> None:
             die_with_parent()
             os.dup2(sockets[0], 3)
             os.closerange(4, OPEN_FILES)
-            limit(CPU=int(request[0]), NPROC=0, FSIZE=0, CORE=0)
+            limit(CPU=int(request[0]), FSIZE=0, CORE=0, **({} if instructions else {"NPROC": 0}))
             candidate(instructions, missing)
         os.close(sockets[0])
         control.recv(1)
@@ -140,6 +152,14 @@ def taken_names(tests: ast.Module) -> tuple[set[str], set[str]]:
     return free - modules - set(dir(builtins)) or free - modules, modules
 
 
+def become(argument: list | dict | set, value) -> None:
+    """Change an argument of a test as the program changed its copy."""
+    if type(argument) is not type(value):
+        raise TypeError("an argument has another type now")
+    argument.clear()
+    argument.extend(value) if isinstance(value, list) else argument.update(value)
+
+
 def passes(candidate: socket.socket, program: str, tests: ast.Module) -> None:
     """Run a program in the candidate and the tests here; raises whatever goes wrong."""
 
@@ -148,12 +168,16 @@ def passes(candidate: socket.socket, program: str, tests: ast.Module) -> None:
 
     def ask(verb: str, name: str | int, *values):
         send(candidate, [verb, name, *(pack(value, name_of) for value in values)])
-        done, data = receive(candidate, LONGEST_REPLY)
+        done, data, *changed = receive(candidate, LONGEST_REPLY)
         if done is not True:  # the program raised: a test may expect that
             kind = vars(builtins).get(data)
             known = isinstance(kind, type) and issubclass(kind, Exception)
             raise kind() if known else RuntimeError("the program failed")
-        return unpack(data, partial(Remote, ask))
+        held = partial(Remote, ask)
+        arguments = [*values[0], *values[1].values()] if verb == "call" else []
+        for at, new in changed[0]:
+            become(arguments[at], unpack(new, held))
+        return unpack(data, held)
 
     ask("run", program)
     taken, modules = taken_names(tests)
@@ -208,12 +232,13 @@ def judge() -> None:
     while True:
         try:
             request = receive(channel)
-        except EOFError:
+            try:
+                reply = verdict(ours, *request)
+            except (SyntaxError, TypeError, ValueError) as error:
+                reply = [None, str(error)]
+            send(channel, reply)
+        except (EOFError, OSError):  # the trainer is gone, or the zygote
             return
-        try:
-            send(channel, verdict(ours, *request))
-        except (SyntaxError, TypeError, ValueError) as error:
-            send(channel, [None, str(error)])
 
 
 if __name__ == "__main__":

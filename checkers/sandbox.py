@@ -9,15 +9,18 @@ no expected value and no frame of a test, and has no say in what is equal. A jud
 not a fork of the trainer, so that the trainer's size does not matter; it serves many programs. Its
 zygote is forked before the first test is there, and has nothing to give away.
 
-Covered on Linux (x86-64, ARM64), as root and as user: a candidate can compute, sleep, and read the
-clock, the standard library and its socket (confine.py), in half a GB, until it is killed at the
-time limit. It leaves nothing behind. A judge that a program makes hang or die is replaced.
+Covered on Linux (x86-64, ARM64), as root and as user: a candidate can compute, sleep, start threads
+and read the clock, the standard library and its socket (confine.py), in half a GB, until it is
+killed at the time limit. It leaves nothing behind and writes no file, so tempfile is of no use. A
+judge that a program makes hang or die is replaced. As many programs run at a time as there are
+cores, so that a verdict does not depend on how many there are.
 
-Not covered: holes in the kernel or in Python's JSON, and load: a right program that takes seconds
-may fail beside many such on few cores. Elsewhere, as on macOS, the judge is as blind to lies, but a
-program can reach files, network and processes of its user, the judge too; that is said once, on
-stderr. A program that has seen its tests, as MBPP shows them, can list their answers. Arguments
-are copies: no test sees them changed. Next to read: judge.py (judge, zygote, candidate).
+Not covered: holes in the kernel or in Python's JSON. Elsewhere, as on macOS, the judge is as blind
+to lies, but a program can reach files, network and processes of its user, the judge too; that is
+said once, on stderr. A program that has seen its tests, as MBPP shows them, can list their answers.
+A call works on copies of its arguments; lists, dicts and sets become what it has made of them, by
+value.
+Next to read: judge.py (judge, zygote, candidate).
 """
 
 import atexit
@@ -36,9 +39,8 @@ from checkers.judge import WALL
 from checkers.wire import receive, send
 from data import InputError
 
-# More than cores, since an endless loop blocks one to its end; processes of torchrun share cores.
-CORES = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-WORKERS = min(max(16, CORES), 64)
+CORES = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's share
+WORKERS = min(max(1, CORES), 64)
 GRACE = 5.0  # seconds that a judge may take longer than its program
 
 
@@ -149,7 +151,7 @@ def judged(program: str, tests: list[str], timeout: float) -> bool:
 
 
 def run_many(jobs: list[tuple[str, list[str]]], timeout: float = 3.0) -> list[bool]:
-    """Does each program pass all its tests in `timeout` seconds of CPU time, twice that in all?
+    """Does each program pass all tests in `timeout` seconds of CPU, WALL times that by the clock?
 
     jobs: (program, tests), of which WORKERS run at a time. Tests are sources that are run one after
     the other in one namespace, as MBPP's asserts, or HumanEval's check function and a call of it.

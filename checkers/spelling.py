@@ -15,7 +15,8 @@ from itertools import accumulate
 from checkers.expressions import FUNCTIONS
 
 END = r"(?![a-zA-Z])"  # of a command
-RAISED, LOWERED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹]+"), str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
+SMALL = re.compile("([⁰¹²³⁴⁵⁶⁷⁸⁹]+)|[₀₁₂₃₄₅₆₇₈₉]+")
+SMALL_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹₀₁₂₃₄₅₆₇₈₉", "01234567890123456789")
 UNICODE = str.maketrans(
     {
         **{"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot "},
@@ -26,22 +27,46 @@ UNICODE = str.maketrans(
         **{"φ": r"\phi ", "ω": r"\omega ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}"},
     }
 )
+NUMERALS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+
+
+def fill(pattern: str) -> str:
+    """A pattern of SPELLINGS, with what its words in capitals stand for."""
+    names = {"TEXT": r"\\(?:text(?:normal|rm|bf|it|sf|tt|up)?|[mh]box|mathrm|operatorname)"}
+    for name, meaning in (names | {"END": END, "NUMERAL": "|".join(NUMERALS[2:])}).items():
+        pattern = pattern.replace(name, meaning)
+    return pattern
+
+
+DEGREES = r"\^\s*\{?\s*\\circ\s*\}?"
 SPELLINGS = [
-    (re.compile(pattern.replace("END", END), re.DOTALL), new)
+    (re.compile(fill(pattern), re.DOTALL), new)
     for pattern, new in (
         (r"[«»¶∨⦃⦄∖]|(?<=\d)'|\\not(?:in|\s*\\in)END", r"\\unknown "),
         (r"(?:√|(?<![\\a-zA-Z])sqrt)\s*(\d+)", r"\\sqrt{\1}"),
         (r"√", r"\\sqrt "),
+        (r"^\s*\*\*(.+)\*\*\s*$", r"\1"),  # bold, in Markdown
+        (r"TEXT\s*\{([^A-Za-z{}]*)\}", r"\1"),
+        (r"\\frac\s*\{\s*TEXT\{([\w ]+)\}\s*\}\s*\{\s*TEXT\{([\w ]+)\}\s*\}", r"\\text{\1 per \2}"),
+        (rf"{DEGREES}\s*(?:TEXT\s*\{{\s*C\s*\}}|C)$", "«degree celsius»"),
+        (rf"{DEGREES}\s*(?:TEXT\s*\{{\s*F\s*\}}|F)$", "«degree fahrenheit»"),
+        (r"(?<=\d)\s*\^?\s*\{?\s*(?:TEXT\s*\{\s*)?(?:st|nd|rd|th)(?![A-Za-z])[\s}]*", " "),
+        (
+            r"\s*(?:_\s*\{\s*)?(?:TEXT\s*\{\s*|\(\s*)?(?:in )?\bbase\b[\s}]*(\d+|NUMERAL)[\s)}]*$",
+            r"_{\1}",
+        ),
+        (r"(?<=\d)\s*TEXT\s*\{\s*to\s*\}\s*(?=\d)", ":"),
         (r"\\\\(?:\[[\d.]+[a-z]{2}\])?", "¶"),
         (r"\\(?:left|right|[bB]igg?[lrm]?)END(?:\s*\.)?", " "),
-        (r"\\(?:displaystyle|textstyle|limits|cr|angle|triangle)END", " "),
+        (r"\\(?:displaystyle|textstyle|limits|cr|angle|triangle|checkmark)END", " "),
         (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|[^\s{])", " "),
         (r"\\langleEND", "("),
         (r"\\rangleEND", ")"),
         # Digits in threes: 1{,}000  1,\!000  1\,000; plain 1,000 is seen to in `thousands`.
-        (r"(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!|\\,)\s*(?=\d{3}(?!\d))", ""),
+        (r"(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!|\\[, ])\s*(?=\d{3}(?!\d))", ""),
         (r"(?<=\d):00(?=\s*(?:\\text\{\s*)?[aApP]\.?\s?[mM])", ""),  # 9:00 a.m.
         (r"^(\s*-?)\s*\\\$\s*(-?[\d.,]+)$", r"\1\2 dollars"),
+        (r"^(\s*-?)\s*€\s*(-?[\d.,]+)$", r"\1\2 euros"),
         (r"\{([:=<>+])\}", r"\1"),
         (r"\\[!,:;> ]|\\q?quadEND|~|\\(?=\n)|\{\s*\}", " "),
         (r"\\\{|\\lbraceEND", "⦃"),
@@ -49,15 +74,15 @@ SPELLINGS = [
         (r"\\lbrackEND", "["),
         (r"\\rbrackEND", "]"),
         (r"\\?\$|\\[()\[\]]", " "),
-        (r"^\s*\\(?:boxed|fbox)(?=\s*\{)", " "),
+        (r"(?:(?<==)|^)\s*\\(?:boxed|fbox)(?=\s*\{)|\\(?:textcolor|color)\s*\{\w+\}", " "),
         (r"\\[dtc](frac|binom)END", r"\\\1"),
         (r"\{([^{}]*)\\chooseEND([^{}]*)\}", r"\\binom{\1}{\2}"),
         (r"\{([^{}]*)\\overEND([^{}]*)\}", r"\\frac{\1}{\2}"),
         (r"\\[lc]?dotsEND|\.\.\.|…", "«dots»"),
         (r"\\(?:mathbb|mathbf|Bbb)\s*\{?R\}?", "«all real numbers»"),
         (r"\\(?:mathbf|mathit|boldsymbol|bm|mathsf|mathcal|vec|hat|overrightarrow)END", " "),
-        (r"(?<![A-Za-z_^}])\{([A-Za-z])\}(?=\s*=)", r"\1"),  # \mathbf{M} =
-        (r"\\overline(?=\s*\{\s*[A-Z]{2}\s*\})", " "),
+        (r"\\(?:bf|it|rm|em|underline)END|\\overline(?=\s*\{\s*[A-Z]{2}\s*\})", " "),
+        (r"(?<![A-Za-z_^}])\{\s*([A-Za-z]|[A-Z]{2})\s*\}(?=\s*(?:[=_]|$))", r"\1"),  # \mathbf{M} =
         (r"\\(?:overline|bar)\s*\{?\s*([A-Za-z])\s*\}?", r"\1_{bar}"),
         (r"(?<=[A-Za-z])'", "_{prime}"),
         (r"\\(?:varnothing|emptyset)END|⦃\s*⦄", "«empty set»"),
@@ -81,9 +106,8 @@ SPELLINGS = [
         (r"\\colonEND", ":"),
     )
 ]
-TEXT = re.compile(
-    r"\\(text(?:normal|rm|bf|it|sf|tt|up)?|[mh]box|mathrm|operatorname)\s*\{([^{}]*)\}"
-)
+CASES = re.compile(r"\\begin\s*\{cases\}(.*?)\\end\s*\{cases\}", re.DOTALL)
+TEXT = re.compile(fill(r"(TEXT)\s*\{([^{}]*)\}"))
 KEPT_IN_TEXT = re.compile(r"((?<![A-Za-z^\d.])\d[\d.,:/]*|[(),;:%=&]|\band\b|\bor\b)")
 WORDS = re.compile(r"\s*(?:[A-Za-z\s./-]*|[A-Za-z\s./]+\^?\{?[23]\}?|[A-Z0-9]+)\s*")
 BARE_WORDS = {"and": ",", "or": "∨"} | dict.fromkeys(("infinity", "inf", "oo"), r"\infty ")
@@ -101,31 +125,31 @@ UNITS = {
         "s sec second seconds", "min minute minutes", "h hr hrs hour hours", "day days",
         "week weeks", "month months", "year years", "cent cents", "dollar dollars usd",
         "euro euros", "l liter liters litre litres", "ml milliliter milliliters", "mph", "kph",
-        "am", "pm",
+        "degree degrees deg", "celsius", "fahrenheit", "radian radians rad", "am", "pm",
     )
     for spelling in names.split()
 }  # fmt: skip
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-NUMERALS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 # Words that may stand behind a number or not: known units, nouns in the plural, and these. But with
 # a twist among them the number is not what it was.
 NOUNS = set(
-    "unit way degree radian point percent people men women children old sq square cubic".split()
+    "unit way point clockwise counterclockwise percent percentage pct people men women children "
+    "old sq square cubic".split()
 )
 TWISTS = set(
     "not no nor never than if when unless except squared cubed factorial minus plus times dozen "
     "all dozens dots wrong incorrect false half halves maybe perhaps but base mod modulo more "
-    "less most least to vs versus hundreds thousands millions billions trillions thirds "
-    "quarters fourths fifths sixths sevenths eighths ninths tenths hundredths thousandths pairs "
-    "scores minuses negatives per ones twos threes fours fives sixes sevens eights nines tens "
-    "xor millionths billionths twelfths decades gross grosses googols lakhs zeros factorials "
-    "squares cubes roots inverses multiplied divided others errors mistakes guesses isnt "
-    "excludes exceeds besides wrongs wrongly nots lies lie fails misses falsehoods doubts fake "
-    "anti non un negated negation negative opposite opposites reciprocal reciprocals without "
-    "twice double doubles triple triples halvings powers thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred "
-    "twenties quarter myriads quadrillions quintillions pluses reversed hex binary octal "
-    "roughly approx guess root upper lower bound choices neither none".split()
+    "less most least to vs versus hundreds thousands millions billions trillions thirds quarters "
+    "fourths fifths couples sixths sevenths eighths ninths tenths hundredths thousandths pairs "
+    "scores minuses negatives per ones twos threes fours fives sixes sevens eights nines tens xor "
+    "millionths billionths twelfths decades gross grosses googols lakhs zeros factorials squares "
+    "cubes roots inverses multiplied divided others errors mistakes guesses isnt excludes exceeds "
+    "besides wrongs wrongly nots lies lie fails misses falsehoods doubts fake anti non un negated "
+    "negation negative opposite opposites reciprocal reciprocals without twice double doubles "
+    "triple triples halvings powers thirteen fourteen fifteen sixteen seventeen eighteen nineteen "
+    "twenty thirty forty fifty sixty seventy eighty ninety hundred twenties quarter myriads "
+    "quadrillions quintillions pluses reversed hex binary octal roughly approx guess root upper "
+    "lower bound choices neither none".split()
 )
 
 
@@ -144,15 +168,22 @@ def closes(text: str) -> int:
 
 def tidy(text: str) -> str:
     """The same answer in one spelling."""
-    text = RAISED.sub(lambda raised: f"^{{{raised[0].translate(LOWERED)}}}", text)
+    text = SMALL.sub(spell_small, text)
     text = text.translate(UNICODE)
     for pattern, new in SPELLINGS:
         text = pattern.sub(new, text)
+    text = CASES.sub(lambda found: found[1].replace("¶", ","), text)
     text = RUN.sub(spell_run, TEXT.sub(spell_text, text))
     text = trim(re.sub(r",(\s*,)+", ",", text))
     while text[:1] + text[-1:] == "{}" and closes(text) == len(text) - 1:
         text = trim(text[1:-1])
     return text
+
+
+def spell_small(found: re.Match) -> str:
+    """Raised and lowered digits: cm² is cm^2, 101₂ is 101_2."""
+    digits = found[0].translate(SMALL_DIGITS)
+    return ("^" if found[1] else "_") + (digits if len(digits) == 1 else f"{{{digits}}}")
 
 
 def trim(text: str) -> str:
@@ -163,8 +194,10 @@ def spell_text(found: re.Match) -> str:
     r"""\text{..}: numbers and separators as they are, and the rest «words»."""
     command, content = found.groups()
     word = content.strip()
-    if command in ("mathrm", "operatorname") and (word in FUNCTIONS or word in ("i", "e")):
-        return rf"\{word} " if word in FUNCTIONS else word
+    if command in (r"\mathrm", r"\operatorname") and word in FUNCTIONS:
+        return rf"\{word} "
+    if word in ("i", "e") and (command == r"\mathrm" or found[0] != found.string.strip()):
+        return word
     pieces = KEPT_IN_TEXT.split(content.replace("'", ""))
     for index in range(0, len(pieces), 2):
         words = pieces[index].strip()

@@ -36,7 +36,7 @@ TASKS["backwards"] = Task(
     load=problems,
     first=lambda problem: f"Reverse the order of these words, say nothing else: {problem.question}",
     again="There might be an error above. Correct it, if any, and say only the words.",
-    states=lambda attempt: attempt or None,
+    states=lambda attempt, problem: attempt or None,
     rewards=each(lambda answer, problem: answer.split() == problem.answer.split()),
     same=lambda one, two: one.split() == two.split(),
     problems=500,

@@ -17,17 +17,29 @@ from data import last_box, math_rows  # noqa: E402
 from rewards import math_reward, same_answer  # noqa: E402
 
 
-def on_pairs() -> None:
-    """Pairs whose equality was judged by hand, and answers that once fooled the checker."""
-    path = ROOT / "tests" / "math" / "pairs.jsonl"
-    pairs = [json.loads(line) for line in path.read_text().splitlines()]
-    found = [(same_answer(pair["prediction"], pair["gold"]), pair["equal"]) for pair in pairs]
-    accepted = sum(one and not two for one, two in found)
-    rejected = sum(two and not one for one, two in found)
-    print(f"hand-made pairs: {len(pairs)}, wrong accepts {accepted}, wrong rejects {rejected}")
-    attacks = (ROOT / "tests" / "math" / "attacks.jsonl").read_text().splitlines()
-    fooled = sum(same_answer(**json.loads(line)) for line in attacks)
-    print(f"attacks: {len(attacks)}, accepted {fooled}")
+def rows(name: str) -> list[dict]:
+    """What was judged by hand, of one kind."""
+    lines = (ROOT / "tests" / "math" / f"{name}.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def report(name: str, judged: list[tuple[bool, bool]]) -> None:
+    """One line about (was it accepted?, is it right?)s."""
+    accepted = sum(found and not right for found, right in judged)
+    rejected = sum(right and not found for found, right in judged)
+    print(f"{name}: {len(judged)}, wrong accepts {accepted}, wrong rejects {rejected}")
+
+
+def on_judged() -> None:
+    """Pairs and full answers that were judged by hand, and what once fooled the checker."""
+    pairs = rows("pairs")
+    report("pairs", [(same_answer(p["prediction"], p["gold"]), p["equal"]) for p in pairs])
+    full = rows("answers")
+    report("full answers", [(math_reward(a["text"], a["gold"]) > 0, a["right"]) for a in full])
+    report("attacks", [(same_answer(**attack), False) for attack in rows("attacks")])
+    copies = rows("copies")
+    paid = [math_reward(c["attempt"], c["gold"], c["question"]) > 0 for c in copies]
+    report("copies of the question, and hedges", [(one, False) for one in paid])
 
 
 def on_math(folder: Path) -> None:
@@ -54,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, help="folder of MATH's JSONL files")
     args = parser.parse_args()
-    on_pairs()
+    on_judged()
     if args.data:
         on_math(args.data)
 

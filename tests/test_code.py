@@ -49,7 +49,8 @@ def rows_of(name: str) -> list[dict]:
 
 
 def rewards(programs: list[str], problems: list[Problem]) -> list[float]:
-    stated = [stated_answer(program, None, "code") for program in programs]
+    pairs = zip(programs, problems, strict=True)
+    stated = [stated_answer(program, None, problem) for program, problem in pairs]
     return TASKS["code"].rewards(stated, problems)
 
 
@@ -358,6 +359,65 @@ def test_a_sandbox_that_does_not_work_is_one_sentence(coder, tmp_path, monkeypat
     assert not (tmp_path / "out").exists()
 
 
+WRONG = "def unlike(x):\n    return None"
+HELPER = "def helper(x):\n    return [x]"
+LAYOUTS = {  # of a right program: {program}, indented {inside}, and the {body} that goes on
+    "bare": "{program}",
+    "fenced": "Sure.\n```python\n{program}\n```\nIt works.",
+    "marks": "[BEGIN]\n{program}\n[DONE]",
+    "byte order mark": "\ufeff{program}",
+    "used below": "```python\n{program}\n```\n```python\ndef main():\n    print(1)\n\nmain()\n```",
+    "tested below": "```python\n{program}\n```\n```python\ndef run_tests():\n    pass\n```",
+    "tests of its own": "```python\n{program}\n```\n```python\nclass TestIt:\n    pass\n```",
+    "an alternative": "```python\n{program}\n```\nOr else:\n```python\n" + WRONG + "\n```",
+    "a helper below": "```python\n{program}\n```\nUse it with:\n```python\n" + HELPER + "\n```",
+    "a helper above": "```python\n" + HELPER + "\n```\nThen:\n```python\n{program}\n```",
+    "a main part": '{program}\n\nif __name__ == "__main__":\n    print("done")',
+    "the future": "from __future__ import annotations\n{program}",
+    "printed": "```python\n{program}\n```\n```python\nprint(3)\n```\n```\n3\n```",
+    "a list": "1. The program:\n   ```python\n{inside}\n   ```",
+}
+BODIES = {  # of HumanEval, as a base model goes on with its prompt
+    "a body": "{body}",
+    "a fenced body": "```python\n{body}\n```",
+    "a body and more": "{body}\n\nprint('done')",
+}
+
+
+def laid_out(problem: Problem) -> list[str]:
+    program, name = problem.answer.strip("\n"), problem.given and "test"
+    parts = {"program": program, "inside": "   " + program.replace("\n", "\n   ")}
+    given = problem.given.rstrip()
+    if name and program.startswith(given):
+        parts["body"] = program[len(given) :].strip("\n")
+    layouts = [*LAYOUTS.values(), *(BODIES.values() if "body" in parts else ())]
+    return [layout.format(**parts) for layout in layouts]
+
+
+def check_layouts(problems: list[Problem]) -> None:
+    pairs = [(text, problem) for problem in problems for text in laid_out(problem)]
+    texts, asked = map(list, zip(*pairs, strict=True))
+    verdicts = rewards(texts, asked)
+    assert [pair for pair, right in zip(pairs, verdicts, strict=True) if not right] == []
+
+
+def test_a_right_program_passes_in_every_layout():
+    check_layouts([problem for _, problem in ALL])
+
+
+def test_helpers_of_another_part_are_found():
+    problem = next(problem for split, problem in ALL if problem.id == "HumanEval/0")
+    parts = "```python\ndef more(x):\n    return x + 1\n```\n"
+    parts += "```python\ndef add_one(n):\n    return more(n)\n```\n"
+    assert rewards([parts, parts + "```python\ndef more(x):\n    return 0\n```"], [problem] * 2)[0]
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="MBPP and HumanEval are not here: see REAL_DATA")
+def test_references_of_mbpp_and_humaneval_pass_in_every_layout():
+    mbpp, humaneval = data.read_code(str(REAL))
+    check_layouts([*[*mbpp.values()][:60], *humaneval[:60]])
+
+
 @pytest.mark.skipif(
     not REAL.exists(),
     reason="MBPP and HumanEval are not here: name their folder in REAL_DATA to run all references",
@@ -366,6 +426,6 @@ def test_all_references_of_mbpp_and_humaneval_pass():
     mbpp, humaneval = data.read_code(str(REAL))
     problems = [*mbpp.values(), *humaneval]
     assert (len(mbpp), len(humaneval)) == (974, 164)
-    jobs = [(preamble(p.given) + program_of(p.answer), list(p.tests)) for p in problems]
+    jobs = [(preamble(p.given) + program_of(p.answer, p), list(p.tests)) for p in problems]
     found = sandbox.run_many(jobs, timeout=60.0)  # on a busy machine one takes more than 3 seconds
     assert [p.id for p, right in zip(problems, found, strict=True) if not right] == []

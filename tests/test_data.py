@@ -165,6 +165,16 @@ def test_golds_that_are_empty_boxes_are_skipped_with_a_count(tmp_path, rows, cap
     assert "skipped 1 train problems without an answer" in capsys.readouterr().err
 
 
+def test_solutions_with_several_boxes_are_counted_and_named(tmp_path, rows, capsys):
+    both = {"problem": "Which?", "solution": r"\boxed{1} or \boxed{2}, \boxed{2}.", "level": 1}
+    folder = write(tmp_path / "math", train=[both, *rows["train"]], math500=rows["test"])
+    found = load_problems("math", "train", data=folder)
+    [(key, answer)] = [(p.id, p.answer) for p in found if p.question == "Which?"]
+    assert answer == "2"
+    message = capsys.readouterr().err
+    assert "1 train problems have several boxes" in message and f"such as {key}" in message
+
+
 def test_an_answer_is_the_solutions_last_box_where_none_is_given(rows):
     golds = {row["problem"]: last_box(row["solution"]) for row in rows["train"]}
     assert sum("answer" not in row for row in rows["train"]) == 4

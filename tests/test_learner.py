@@ -21,7 +21,7 @@ def rewarding(monkeypatch):
     """Let the bits of an attempt decide what is right, so that a random model leaves traces."""
     sums = TASKS["sums"]
     bits = lambda texts, _: [zlib.crc32(t.encode()) % 2.0 for t in texts]  # noqa: E731
-    fair = replace(sums, states=str, keeps="", rewards=bits)
+    fair = replace(sums, states=lambda text, _: text, keeps="", rewards=bits)
     monkeypatch.setitem(TASKS, "sums", fair)
 
 

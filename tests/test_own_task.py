@@ -46,7 +46,7 @@ def test_its_reward_is_the_words_in_reverse_order_and_its_splits_share_nothing(t
     assert load_problems("backwards", "test", 1) == (problem,)
     answers = [problem.answer, f" {problem.answer}\n", problem.question, None]
     assert task.rewards(answers, [problem] * 4) == [1.0, 1.0, 0.0, 0.0]
-    assert [task.states(attempt) for attempt in ("", "ant")] == [None, "ant"]
+    assert [task.states(attempt, problem) for attempt in ("", "ant")] == [None, "ant"]
 
 
 def test_it_is_thirty_lines():

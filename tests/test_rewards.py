@@ -1,20 +1,22 @@
 """The reward of the built-in task."""
 
 import json
+import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from data import Problem
-from rewards import final_answer, program_of, same_program
+from rewards import final_answer, is_right, math_reward, program_of, same_answer, same_program
 from tasks import TASKS, stated_answer
 
 PROBLEM = Problem("4+7 9+0 3+6 =", "1 1 9 9", "sums", "p")
 
 
 def reward(attempt: str, problem: Problem) -> float:
-    stated = stated_answer(attempt, None, problem.task)
+    stated = stated_answer(attempt, None, problem)
     return TASKS[problem.task].rewards([stated], [problem])[0]
 
 
@@ -58,9 +60,48 @@ def test_a_formula_copied_from_the_question_is_no_answer(question, answer, state
     assert reward(rf"So \boxed{{{stated}}}.", problem) == expected
 
 
+QUESTIONS = [  # with a formula that is equal to the answer, and the answer in its own form
+    ("Factor $x^2 + 5x + 6$.", "x^2 + 5x + 6", "(x+2)(x+3)"),
+    ("Compute $\\log_2 32$.", "\\log_2 32", "5"),
+    ("Expand $(x+1)(x+2)$.", "(x+1)(x+2)", "x^2+3x+2"),
+    ("Compute $\\sin 60^\\circ$.", "\\sin 60^\\circ", "\\frac{\\sqrt{3}}{2}"),
+    ("Simplify $\\frac{24t^3}{15t^4}\\cdot \\frac{5t^8}{3t^6}$.",)
+    + ("\\frac{24t^3}{15t^4}\\cdot \\frac{5t^8}{3t^6}", "\\frac{8t}{3}"),
+    ("Evaluate $55^2 - 45^2$.", "55^2 - 45^2", "1000"),
+    ("Find $\\sqrt{72} + \\sqrt{98}$.", "\\sqrt{72} + \\sqrt{98}", "13\\sqrt{2}"),
+    ("What is $\\left\\lfloor 3.7 \\right\\rfloor$?", "\\left\\lfloor 3.7 \\right\\rfloor", "3"),
+    ("Compute $\\binom{8}{4}$.", "\\binom{8}{4}", "70"),
+]
+RESPELT = {
+    "as it stands": str,
+    "0 +": lambda text: f"0+{text}",
+    "+ 0": lambda text: f"{text}+0",
+    "1 times": lambda text: rf"1 \cdot ({text})",
+    "over 1": lambda text: rf"\frac{{{text}}}{{1}}",
+    "brackets": lambda text: rf"\left(({text})\right)",
+    "minus minus": lambda text: f"-(-({text}))",
+    "less itself": lambda text: f"{text}+1-1",
+    "braces": lambda text: re.sub(r"\^(\w)", r"^{\1}", text),
+    "dfrac": lambda text: text.replace(r"\frac", r"\dfrac"),
+    "spaces": lambda text: re.sub(r"([-+=])", r" \1 \,", text),
+    "a name": lambda text: f"y = {text}",
+    "squared root": lambda text: rf"({text})^1",
+    "terms swapped": lambda text: "+".join(reversed(text.split("+"))),
+    "factors swapped": lambda text: re.sub(r"^(\(.*\))(\(.*\))$", r"\2\1", text),
+}
+
+
+@pytest.mark.parametrize("respell", RESPELT.values(), ids=RESPELT)
+@pytest.mark.parametrize(("question", "formula", "answer"), QUESTIONS)
+def test_no_respelling_of_the_questions_formula_is_paid(question, formula, answer, respell):
+    assert same_answer(formula, answer) and not is_right(respell(formula), answer, question)
+    assert is_right(answer, answer, question)
+
+
 def test_of_two_final_answers_in_one_sentence_none_counts():
     assert final_answer("The final answer is $5$ or $6$.") is None
-    assert final_answer("The final answer is $5$, $6$.") is None
+    assert math_reward("The final answer is $5$, $6$.", "5") == 0  # a list of two
+    assert math_reward("The final answer is $5$, $6$.", "5, 6") == 1
     assert final_answer("The final answer is $5$ / $6$, or so") is None
     assert final_answer("The final answer is $5$. No: The final answer is $5$ or $6$.") is None
     assert final_answer("The final answer is $5$. It is not $6$.") == "5"
@@ -68,16 +109,16 @@ def test_of_two_final_answers_in_one_sentence_none_counts():
 
 
 def test_an_unreadable_attempt_states_nothing():
-    assert stated_answer("again 1", None, "sums") is None
-    assert stated_answer("1 2", None, "sums") == "1 2"
+    assert stated_answer("again 1", None, PROBLEM) is None
+    assert stated_answer("1 2", None, PROBLEM) == "1 2"
 
 
 def test_ok_alone_stands_for_the_answer_of_the_attempt_before():
-    assert stated_answer("ok", "1 2", "sums") == "1 2"
-    assert stated_answer("ok", None, "sums") is None
-    assert stated_answer("ok 1 3", "1 2", "sums") is None  # says that nothing changes, and changes
-    assert stated_answer("no 1 3", "1 2", "sums") == "1 3"
-    assert stated_answer("", "1 2", "math") is stated_answer("ok", "1 2", "math") is None
+    assert stated_answer("ok", "1 2", PROBLEM) == "1 2"
+    assert stated_answer("ok", None, PROBLEM) is None
+    assert stated_answer("ok 1 3", "1 2", PROBLEM) is None  # says that nothing changes, and changes
+    assert stated_answer("no 1 3", "1 2", PROBLEM) == "1 3"
+    assert stated_answer("ok", "1 2", replace(PROBLEM, task="math")) is None
 
 
 ANSWERS = Path(__file__).parent / "code" / "answers.jsonl"

@@ -64,6 +64,33 @@ def test_the_final_answer_is_the_last_box_or_the_papers_sentence(case):
     assert final_answer(case["text"]) == case["answer"]
 
 
+def test_full_answers_are_paid_as_their_labels_say():
+    cases = rows(FILES / "answers.jsonl")
+    found = [(bool(math_reward(c["text"], c["gold"])), c["right"]) for c in cases]
+    assert len(found) >= 360 and sum(right for _, right in found) >= 240
+    assert not any(paid and not right for paid, right in found)
+    assert sum(paid == right for paid, right in found) >= 0.98 * len(found)
+
+
+def test_what_a_red_team_was_paid_for_is_paid_no_more():
+    cases = rows(FILES / "copies.jsonl")
+    paid = [c for c in cases if math_reward(c["attempt"], c["gold"], c["question"])]
+    assert len(cases) >= 180 and paid == []
+
+
+def test_a_calculation_states_its_result_if_it_is_right():
+    for calculation, result in (
+        (r"6 \cdot 7 = 42", "42"),
+        (r"\binom{5}{2} = 10", "10"),
+        (r"\gcd(18, 12) = 6", "6"),
+        (r"x^2 - 5x + 6 = (x-2)(x-3)", "(x-2)(x-3)"),
+        (r"\left(\frac12\right)^3 = \frac18", "0.125"),
+    ):
+        assert math_reward(rf"\boxed{{{calculation}}}", result)
+    for wrong, result in (("13 + 0 = 12", "12"), ("5 = 5", "5"), (r"\theta + 3 = 8", "8")):
+        assert not math_reward(rf"\boxed{{{wrong}}}", result)
+
+
 def test_a_corrected_answer_wins_and_numbers_in_passing_do_not_count():
     assert math_reward(r"so \boxed{5}. Wait: \boxed{\frac{1}{2}}", "0.5") == 1.0
     assert math_reward(r"so \boxed{0.5}. Wait: \boxed{5}", r"\frac12") == 0.0

@@ -291,7 +291,6 @@ def test_a_reply_may_be_long_but_not_endless():
     [
         "os.fork()",
         "[os.fork() for _ in range(50)]",
-        "threading.Thread(target=print).start()",
         "subprocess.run(['true'])",
         "os.execv('/bin/true', ['true'])",
         "os.posix_spawn('/bin/true', ['true'], {})",
@@ -306,7 +305,10 @@ def test_a_reply_may_be_long_but_not_endless():
         "os.setpriority(os.PRIO_PROCESS, VICTIM, 19)",
         "ctypes.CDLL(None).ptrace(16, VICTIM, 0, 0) == 0 or 1 / 0",
         "socket.socket()",
-        "socket.socketpair()",
+        "socket.socketpair(type=socket.SOCK_DGRAM)",
+        "tempfile.TemporaryFile()",
+        "multiprocessing.Process(target=print).start()",
+        "ThreadPoolExecutor(1).submit(os.fork).result()",
         "os.pipe()",
         "os.memfd_create('x')",
         "open(PLACE, 'w')",
@@ -332,7 +334,9 @@ def test_a_program_cannot(action, tmp_path):
     victim = subprocess.Popen(["sleep", "60"])
     before = file.stat()
     program = f"""
-        import ctypes, fcntl, os, resource, signal, socket, struct, subprocess, threading
+        import ctypes, fcntl, multiprocessing, os, resource, signal, socket, struct, subprocess
+        import tempfile
+        from concurrent.futures import ThreadPoolExecutor
         FILE, PLACE, VICTIM = {str(file)!r}, {str(place)!r}, {victim.pid}
         def f():
             {action}
@@ -349,6 +353,38 @@ def test_a_program_cannot(action, tmp_path):
     after = file.stat()
     assert file.read_text() == "kept"
     assert (after.st_mode, after.st_mtime) == (before.st_mode, before.st_mtime)
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        "return [*ThreadPoolExecutor(3).map(abs, [-1, -2])] == [1, 2]",
+        "return asyncio.run(asyncio.wait_for(asyncio.sleep(0.01, 5), 60)) == 5",
+        "return bz2.decompress(bz2.compress(b'abc')) == b'abc'",
+        "return lzma.decompress(lzma.compress(b'abc')) == b'abc'",
+        "return [*sqlite3.connect(':memory:').execute('select 1 + 2')] == [(3,)]",
+    ],
+)
+def test_a_program_can(action):
+    program = f"""
+        import asyncio, bz2, lzma, sqlite3
+        from concurrent.futures import ThreadPoolExecutor
+        def f(): {action}
+    """
+    assert check(program, "assert f()")
+
+
+def test_threads_without_end_do_no_harm():
+    assert check("""
+        import threading, time
+        def f(x):
+            try:
+                for _ in range(5000):
+                    threading.Thread(target=time.sleep, args=(60,)).start()
+            except RuntimeError:
+                return x * x
+    """)
+    assert check(SQUARE)
 
 
 def test_what_a_program_cannot_do_does_not_end_it():
@@ -425,27 +461,34 @@ def test_nothing_is_left_of_a_thousand_programs():
     assert not children(os.getpid()) & processes
 
 
-def test_endless_loops_hold_up_only_their_own_workers():
-    loops = ["def f(x):\n    while True: pass"] * 12
-    began = time.monotonic()
-    verdicts = sandbox.run_many([(p, SQUARES) for p in [*loops, *[SQUARE] * 100]], timeout=1.5)
-    assert verdicts == [False] * 12 + [True] * 100
-    assert time.monotonic() - began < 12  # one after the other they take 18 seconds
-
-
-def test_a_right_program_passes_beside_endless_loops():
+def test_right_programs_pass_however_many_there_are_and_beside_endless_loops():
     slow = "def f(x):\n    for _ in range(10**7): pass\n    return x * x"
     loop = "def f(x):\n    while True: pass"
     began = time.process_time()
     exec(slow, space := {})
     space["f"](3)
-    limit = max(1.0, 12 * (time.process_time() - began))
-    jobs = [(slow, SQUARES[:1]), (loop, SQUARES)] * 4
-    assert sandbox.run_many(jobs, limit) == [True, False] * 4
+    limit = max(1.0, 3 * (time.process_time() - began))
+    jobs = [(slow, SQUARES[:1]), (loop, SQUARES)] * 4 + [(slow, SQUARES[:1])] * 12
+    assert sandbox.run_many(jobs, limit) == [True, False] * 4 + [True] * 12
 
 
-def test_the_limit_is_of_cpu_time_and_twice_that_for_one_that_sleeps():
-    for wait, least, most in (("while True: pass", 1, 2), ("__import__('time').sleep(60)", 2, 12)):
+def test_as_many_programs_run_at_a_time_as_there_are_cores(monkeypatch):
+    running, most = [], []
+
+    def judged(*job):
+        running.append(job)
+        most.append(len(running))
+        time.sleep(0.05)
+        running.pop()
+        return True
+
+    monkeypatch.setattr(sandbox, "judged", judged)
+    assert all(sandbox.run_many([(SQUARE, SQUARES)] * 4 * sandbox.WORKERS))
+    assert max(most) == sandbox.WORKERS == min(64, os.cpu_count())
+
+
+def test_the_limit_is_of_cpu_time_and_some_times_that_for_one_that_sleeps():
+    for wait, least, most in (("while True: pass", 1, 2), ("__import__('time').sleep(60)", 4, 12)):
         began = time.monotonic()
         assert not run(f"def f(x):\n    {wait}", SQUARES, SECONDS)
         assert least * 0.9 < time.monotonic() - began < most + 10
@@ -468,7 +511,7 @@ def run_changed(folder: Path, old: str, new: str, code: str):
 def test_an_endless_loop_ends_when_its_cpu_time_is_used_up(tmp_path):
     began = time.monotonic()
     code = f"print(sandbox.run_many([('while True: pass', {SQUARES!r})], 1.0)[0])"
-    assert run_changed(tmp_path, "WALL = 2 ", "WALL = 60 ", code).stdout == "False\n"
+    assert run_changed(tmp_path, "WALL = 4 ", "WALL = 60 ", code).stdout == "False\n"
     assert time.monotonic() - began < 40
 
 
@@ -481,7 +524,7 @@ def test_a_test_that_swallows_the_alarm_is_stopped_again(monkeypatch):
 
 
 def test_a_test_that_swallows_the_alarm_passes_nothing_late():
-    late = "import time\ndef f(x):\n    time.sleep(2.4)"
+    late = "import time\ndef f(x):\n    time.sleep(4.4)"
     assert not check(late, "try:\n    f(1)\nexcept BaseException:\n    pass", SECONDS)
 
 
@@ -585,17 +628,18 @@ sandbox.run_many([("def f(x): return max(iter(int, 1))", ["f(1)"])] * 4, 2.0)
 
 def test_when_the_trainer_is_killed_all_of_the_sandbox_ends():
     code = TRAINER.format(root=str(ROOT))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", code], **pipes, text=True)
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.7)
     below = children(process.pid)
-    assert len(below) >= 12  # judge, zygote and candidate of each
+    assert len(below) >= 3 * min(4, sandbox.WORKERS)  # judge, zygote and candidate of each
     process.kill()
     process.wait()
     end = time.monotonic() + 15
     while (alive := {p for p in below if Path(f"/proc/{p}").exists()}) and time.monotonic() < end:
         time.sleep(0.1)
-    assert not alive
+    assert not alive and process.stderr.read() == ""  # orphans are quiet
 
 
 def test_when_a_judge_is_killed_its_candidate_ends():
@@ -612,7 +656,7 @@ def test_when_a_judge_is_killed_its_candidate_ends():
     end = time.monotonic() + 10
     while (alive := {p for p in below if Path(f"/proc/{p}").exists()}) and time.monotonic() < end:
         time.sleep(0.1)
-    assert len(below) >= 8 and not alive
+    assert len(below) >= 2 * min(4, sandbox.WORKERS) and not alive
 
 
 def test_a_sandbox_that_errs_is_an_exception_and_never_a_verdict(monkeypatch):
@@ -651,7 +695,8 @@ def test_the_numbers_of_the_system_calls_are_those_of_the_headers():
             pytest.skip(f"{header} is not here")
         words = [line.split() for line in header.read_text().splitlines()]
         known = {w[1]: w[2] for w in words if len(w) == 3 and w[0] == "#define"}
-        for name, numbers in {**confine.ALLOWED, "openat": confine.OPENAT}.items():
+        checked = {name: numbers for name, (numbers, *_) in confine.CHECKED.items()}
+        for name, numbers in {**confine.ALLOWED, **checked}.items():
             if numbers[column] is not None:
                 names = (f"__NR_{name}", f"__NR3264_{name.replace('newfstatat', 'fstatat')}")
                 assert str(numbers[column]) in [known.get(each) for each in names], name
