@@ -157,6 +157,28 @@ def test_state_lasts_from_call_to_call_but_not_from_program_to_program():
         assert check(counter, ["assert f() == 1", "assert f() == 2"])
 
 
+@pytest.mark.parametrize(
+    ("program", "test", "passes"),
+    [
+        ("def f(xs): xs.sort()", "a = [3, 1, 2]\nf(a)\nassert a == [1, 2, 3]", True),
+        ("def f(xs): xs.sort()", "a = [3, 1, 2]\nf(xs=a)\nassert a == [1, 2, 3]", True),
+        ("def f(d): d['x'] = {1: [2]}", "a = {}\nf(a)\nassert a == {'x': {1: [2]}}", True),
+        ("def f(s): s.add((1, 2))", "a = {0}\nf(a)\nassert a == {0, (1, 2)}", True),
+        ("def f(xs): xs.append(1); return xs", "a = []\nassert f(a) == [1] == a", True),
+        ("def f(xs, ys): xs.extend(ys)", "a = b = [1]\nf(a, b)\nassert b == [1, 1]", True),
+        ("def f(xs): pass", "a = [3, 1, 2]\nf(a)\nassert a == [1, 2, 3]", False),
+        ("def f(xs): xs.clear()", "a = [1]\nf(a)\nassert a == [1]", False),
+        (
+            "class E(list):\n    __eq__ = lambda *_: True\ndef f(xs): xs[0] = E()",
+            "a = [0]\nf(a)\nassert a == [1]",
+            False,
+        ),
+    ],
+)
+def test_lists_dicts_and_sets_become_what_a_program_makes_of_them(program, test, passes):
+    assert run(program, [test]) == passes
+
+
 def test_tests_that_are_no_python_are_an_error_and_never_a_verdict():
     with pytest.raises(SyntaxError, match="the tests are no Python"):
         run(SQUARE, ["assert f(3 == 9"])
