@@ -27,13 +27,13 @@ ALLOWED = {
     "lstat": (6, None), "lseek": (8, 62), "mmap": (9, 222), "mprotect": (10, 226),
     "munmap": (11, 215), "brk": (12, 214), "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135),
     "rt_sigreturn": (15, 139), "pread64": (17, 67), "access": (21, None), "sched_yield": (24, 124),
-    "mremap": (25, 216), "madvise": (28, 233), "nanosleep": (35, 101), "getpid": (39, 172),
-    "sendto": (44, 206), "recvfrom": (45, 207), "exit": (60, 93), "uname": (63, 160),
+    "mremap": (25, 216), "nanosleep": (35, 101), "getpid": (39, 172),
+    "exit": (60, 93), "uname": (63, 160),
     "getcwd": (79, 17), "readlink": (89, None), "gettimeofday": (96, 169), "getrusage": (98, 165),
     "times": (100, 153), "getuid": (102, 174), "getgid": (104, 176), "geteuid": (107, 175),
     "getegid": (108, 177), "gettid": (186, 178), "time": (201, None), "futex": (202, 98),
     "sched_getaffinity": (204, 123), "getdents64": (217, 61), "restart_syscall": (219, 128),
-    "clock_gettime": (228, 113), "clock_getres": (229, 114), "clock_nanosleep": (230, 115),
+    "clock_getres": (229, 114), "clock_nanosleep": (230, 115),
     "exit_group": (231, 94), "epoll_wait": (232, None), "epoll_ctl": (233, 21),
     "newfstatat": (262, 79), "readlinkat": (267, 78), "set_robust_list": (273, 99),
     "epoll_pwait": (281, 22), "epoll_create1": (291, 20), "getrandom": (318, 278),
@@ -41,12 +41,16 @@ ALLOWED = {
 }  # fmt: skip
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 ALL = 2**32 - 1
-CHECKED = {  # allowed if an argument, masked, has a value: numbers, which argument, mask, value
-    "openat": ((257, 56), 2, WRITING, 0),  # to read, where Landlock says what
-    "clone": ((56, 220), 0, ALL, 0x3D0F00),  # a thread, as glibc makes it
-    "fcntl": ((72, 25), 1, ALL - 7, 0),  # its first commands: no F_SETOWN, which sends signals
-    "ioctl": ((16, 29), 1, ALL, 0x5421),  # FIONBIO, not to block
-    "socketpair": ((53, 199), 1, 15, socket.SOCK_STREAM),  # a datagram could go anywhere
+CHECKED = {  # allowed if each (argument, mask) has a value: numbers, (argument, mask, value)s
+    "openat": ((257, 56), (2, WRITING, 0)),  # to read, where Landlock says what
+    "clone": ((56, 220), (0, ALL, 0x3D0F00)),  # a thread, as glibc makes it
+    "fcntl": ((72, 25), (1, ALL - 3, 0)),  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL: no flags, no locks
+    "ioctl": ((16, 29), (1, ALL, 0x5421)),  # FIONBIO, not to block
+    "socketpair": ((53, 199), (0, ALL, socket.AF_UNIX), (1, 15, socket.SOCK_STREAM)),
+    "sendto": ((44, 206), (3, socket.MSG_OOB, 0)),
+    "recvfrom": ((45, 207), (3, socket.MSG_OOB, 0)),
+    "madvise": ((28, 233), (2, ALL - 31, 0)),
+    "clock_gettime": ((228, 113), (0, ALL - 15, 0)),  # not the clock of another process
 }
 CLONE3 = 435  # is said to be absent, so that glibc takes clone, whose flags can be seen
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, AUDIT_ARCH
@@ -57,7 +61,7 @@ ABSENT = 0x00050026  # ENOSYS
 NUMBER, ARCH, ARGUMENTS = 0, 4, 16  # places in seccomp_data
 PDEATHSIG, SECCOMP, NO_NEW_PRIVS = 1, 22, 38  # of prctl
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # Landlock's system calls
-READ_FILE, READ_DIR = 4, 8  # two of its rights
+WRITE_FILE, READ_FILE, READ_DIR = 2, 4, 8  # some of its rights
 
 
 def system_call(function, *arguments) -> int:
@@ -86,9 +90,9 @@ def die_with_parent() -> None:
 
 
 def read_only(folders: list[str], hidden: str) -> bool:
-    """Let files be opened in `folders` only, and not for writing; False without Landlock.
+    """Let files be opened in `folders` only, to read, and /dev/null; False without Landlock.
 
-    What is in a folder under a name that ends in `hidden` stays closed.
+    What is in a folder under a name that ends in `hidden` can be listed, but not read.
     """
     if sys.platform != "linux":
         return False
@@ -101,8 +105,10 @@ def read_only(folders: list[str], hidden: str) -> bool:
         for entry in [entry for folder in folders for entry in os.scandir(folder)]:
             if not entry.name.endswith(hidden):
                 allow(rules, READ_FILE | READ_DIR * entry.is_dir(), entry.path)
+        allow(rules, READ_FILE | WRITE_FILE, os.devnull)
         prctl(NO_NEW_PRIVS, 1)
         system_call(LIBC.syscall, RESTRICT_SELF, rules, 0)
+        os.close(rules)
     except OSError:
         return False
     return True
@@ -122,11 +128,15 @@ def seccomp_filter(reading: bool) -> bytes | None:
         return None
     rows = [(LOAD, 0, 0, ARCH), (EQUAL, 1, 0, arch), (RETURN, 0, 0, KILL), (LOAD, 0, 0, NUMBER)]
     rows += [(EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, ABSENT)]  # (.., skip if equal, skip if not, ..)
-    for name, (numbers, argument, mask, value) in CHECKED.items():
+    for name, (numbers, *conditions) in CHECKED.items():
         if reading or name != "openat":
-            rows += [(EQUAL, 0, 5, numbers[column]), (LOAD, 0, 0, ARGUMENTS + 8 * argument)]
-            rows += [(AND, 0, 0, mask), (EQUAL, 0, 1, value), (RETURN, 0, 0, ALLOW)]
-            rows += [(RETURN, 0, 0, DENY)]
+            left = 3 * len(conditions)  # rows before what allows
+            rows.append((EQUAL, 0, left + 2, numbers[column]))
+            for argument, mask, value in conditions:
+                left -= 3
+                rows += [(LOAD, 0, 0, ARGUMENTS + 8 * argument), (AND, 0, 0, mask)]
+                rows.append((EQUAL, 0, left + 1, value))
+            rows += [(RETURN, 0, 0, ALLOW), (RETURN, 0, 0, DENY)]
     numbers = [pair[column] for pair in ALLOWED.values() if pair[column] is not None]
     rows += [(EQUAL, len(numbers) - at, 0, number) for at, number in enumerate(numbers)]
     rows += [(RETURN, 0, 0, DENY), (RETURN, 0, 0, ALLOW)]

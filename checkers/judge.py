@@ -4,7 +4,7 @@
     zygote     forked from the judge before it has seen a test; forks and ends candidates
     candidate  runs one program and answers, confined
 
-sandbox.py starts this file as a script. Next to read: confine.py.
+sandbox.py starts this file as a module. Next to read: confine.py.
 """
 
 import ast
@@ -15,6 +15,7 @@ import importlib
 import math
 import operator
 import os
+import select
 import signal
 import socket
 import sys
@@ -36,6 +37,7 @@ PRELOADED = (
     "statistics string textwrap threading time traceback typing unicodedata"
 )
 
+MOST_THREADS, WATCH = 100, 0.02  # of a candidate; seconds between two looks at their number
 CHANGEABLE = (list, dict, set)
 
 # --- 1. Candidate and zygote -------------------------------------------------------------------
@@ -48,7 +50,7 @@ VERBS |= {"setattr": setattr, "getitem": operator.getitem, "iter": iter, "len": 
 def candidate(instructions: bytes | None, missing: str) -> None:
     """Run a program and do what is asked of it at file 3, until the zygote ends this process."""
     channel = types.SimpleNamespace(recv=partial(os.read, 3), sendall=partial(os.write, 3))
-    module, objects = types.ModuleType("program"), []
+    module, objects, numbers = types.ModuleType("program"), [], {}
     sys.modules["program"] = module
 
     def held(name):
@@ -57,8 +59,10 @@ def candidate(instructions: bytes | None, missing: str) -> None:
         return vars(module)[name] if name in vars(module) else getattr(builtins, name)
 
     def hold(value) -> int:
-        objects.append(value)
-        return len(objects) - 1
+        if id(value) not in numbers:
+            numbers[id(value)] = len(objects)
+            objects.append(value)
+        return numbers[id(value)]
 
     def answer(verb: str, name: str | int, *values) -> list:
         """The result, and what has become of the arguments of a call, by their numbers."""
@@ -101,13 +105,27 @@ def zygote(control: socket.socket) -> None:
             die_with_parent()
             os.dup2(sockets[0], 3)
             os.closerange(4, OPEN_FILES)
+            nowhere = os.open(os.devnull, os.O_RDWR)  # its own: flags of a shared one would stay
+            for file in (0, 1, 2):
+                os.dup2(nowhere, file)
+            os.close(nowhere)
             limit(CPU=int(request[0]), FSIZE=0, CORE=0, **({} if instructions else {"NPROC": 0}))
             candidate(instructions, missing)
         os.close(sockets[0])
+        while not select.select([control], [], [], WATCH)[0]:
+            if threads_of(child) > MOST_THREADS:
+                os.kill(child, signal.SIGKILL)
         control.recv(1)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         control.send(b".")
+
+
+def threads_of(process: int) -> int:
+    """How many threads a process has; 0 where /proc does not tell."""
+    with contextlib.suppress(OSError):
+        return os.stat(f"/proc/{process}/task").st_nlink - 2
+    return 0
 
 
 # --- 2. Judge ----------------------------------------------------------------------------------
@@ -154,7 +172,7 @@ def taken_names(tests: ast.Module) -> tuple[set[str], set[str]]:
 
 def become(argument: list | dict | set, value) -> None:
     """Change an argument of a test as the program changed its copy."""
-    if type(argument) is not type(value):
+    if type(value) not in CHANGEABLE or not isinstance(argument, type(value)):
         raise TypeError("an argument has another type now")
     argument.clear()
     argument.extend(value) if isinstance(value, list) else argument.update(value)
@@ -172,7 +190,7 @@ def passes(candidate: socket.socket, program: str, tests: ast.Module) -> None:
         if done is not True:  # the program raised: a test may expect that
             kind = vars(builtins).get(data)
             known = isinstance(kind, type) and issubclass(kind, Exception)
-            raise kind() if known else RuntimeError("the program failed")
+            raise kind.__new__(kind) if known else RuntimeError("the program failed")
         held = partial(Remote, ask)
         arguments = [*values[0], *values[1].values()] if verb == "call" else []
         for at, new in changed[0]:

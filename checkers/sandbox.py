@@ -15,11 +15,11 @@ killed at the time limit. It leaves nothing behind and writes no file, so tempfi
 judge that a program makes hang or die is replaced. As many programs run at a time as there are
 cores, so that a verdict does not depend on how many there are.
 
-Not covered: holes in the kernel or in Python's JSON. Elsewhere, as on macOS, the judge is as blind
-to lies, but a program can reach files, network and processes of its user, the judge too; that is
-said once, on stderr. A program that has seen its tests, as MBPP shows them, can list their answers.
-A call works on copies of its arguments; lists, dicts and sets become what it has made of them, by
-value.
+Not covered: holes in the kernel or in Python's JSON, and a file's time of access. Elsewhere, as on
+macOS, the judge is as blind to lies, but a program can reach files, network and processes of its
+user, the judge too; that is said once, on stderr. A program that has seen its tests, as MBPP shows
+them, can list their answers. A call works on copies of its arguments; those that are lists, dicts
+or sets become what it has made of them, by value.
 Next to read: judge.py (judge, zygote, candidate).
 """
 

@@ -169,6 +169,15 @@ def test_state_lasts_from_call_to_call_but_not_from_program_to_program():
         ("def f(xs): pass", "a = [3, 1, 2]\nf(a)\nassert a == [1, 2, 3]", False),
         ("def f(xs): xs.clear()", "a = [1]\nf(a)\nassert a == [1]", False),
         (
+            "def f(d): d['a'] = 1",
+            "from collections import Counter as C\na = C()\nf(a)\nassert a == C('a')",
+            True,
+        ),
+        ("class C: pass\ndef f(): return C()\ndef g(l): return len(l)",)
+        + ("o = f()\na = [o]\nassert g(a) == 1 and a[0] is o", True),
+        ("def f(x): return b'\\xff'.decode()",)
+        + ("try:\n    f(1)\n    assert False\nexcept ValueError:\n    pass", True),
+        (
             "class E(list):\n    __eq__ = lambda *_: True\ndef f(xs): xs[0] = E()",
             "a = [0]\nf(a)\nassert a == [1]",
             False,
@@ -322,6 +331,9 @@ def test_a_reply_may_be_long_but_not_endless():
         "signal.pidfd_send_signal(os.pidfd_open(VICTIM), 19)",
         "fcntl.fcntl(3, fcntl.F_SETOWN, VICTIM)",
         "fcntl.ioctl(3, 0x8901, struct.pack('i', VICTIM))",
+        "fcntl.fcntl(1, fcntl.F_SETFL, os.O_APPEND)",
+        "fcntl.lockf(1, fcntl.LOCK_EX)",
+        "time.clock_gettime((~VICTIM << 3) | 2)",
         "resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
         "resource.prlimit(VICTIM, resource.RLIMIT_CPU, (1, 1))",
         "os.setpriority(os.PRIO_PROCESS, VICTIM, 19)",
@@ -357,7 +369,7 @@ def test_a_program_cannot(action, tmp_path):
     before = file.stat()
     program = f"""
         import ctypes, fcntl, multiprocessing, os, resource, signal, socket, struct, subprocess
-        import tempfile
+        import tempfile, time
         from concurrent.futures import ThreadPoolExecutor
         FILE, PLACE, VICTIM = {str(file)!r}, {str(place)!r}, {victim.pid}
         def f():
@@ -406,7 +418,30 @@ def test_threads_without_end_do_no_harm():
             except RuntimeError:
                 return x * x
     """)
-    assert check(SQUARE)
+    many = """
+        import threading, time
+        threading.stack_size(2**16)
+        def f(x):
+            for _ in range(1000):
+                threading.Thread(target=time.sleep, args=(60,)).start()
+            time.sleep(0.5)
+            return x * x
+    """
+    assert not check(many) and check(SQUARE)
+
+
+def test_no_program_leaves_a_flag_to_the_next():
+    store = """
+        import os
+        def f(x):
+            blocked = os.get_blocking(1)
+            try:
+                os.set_blocking(1, False)
+            except OSError:
+                pass
+            return blocked
+    """
+    assert all(run(textwrap.dedent(store), ["assert f(1)"]) for _ in range(3))
 
 
 def test_what_a_program_cannot_do_does_not_end_it():
