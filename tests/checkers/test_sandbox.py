@@ -422,7 +422,7 @@ def test_threads_without_end_do_no_harm():
         import threading, time
         threading.stack_size(2**16)
         def f(x):
-            for _ in range(1000):
+            for _ in range(300):
                 threading.Thread(target=time.sleep, args=(60,)).start()
             time.sleep(0.5)
             return x * x
