@@ -150,14 +150,15 @@ def as_problems(rows: list[dict], split: str) -> tuple[Problem, ...]:
     """Rows of either source as problems, in the order of their ids; without an answer: skipped."""
     problems, skipped, several = {}, 0, []
     for row in rows:
-        answer = (row.get("answer") or last_box(row.get("solution") or "") or "").strip()
+        boxed = [box for box, *_ in boxes(row.get("solution") or "")]
+        answer = (row.get("answer") or (boxed[-1] if boxed else "")).strip()
         skipped += not answer
         if answer:
             subject = row.get("subject") or row.get("type") or ""
             level = re.sub(r"^Level ", "", str(row.get("level") or ""))
             key = hashlib.blake2b(row["problem"].encode(), digest_size=8).hexdigest()
             problems[key] = Problem(row["problem"], answer, "math", key, subject, level)
-            several += [key] * (len({box for box, *_ in boxes(row.get("solution") or "")}) > 1)
+            several += [key] * (len(set(boxed)) > 1)
     if skipped:
         print(f"skipped {skipped} {split} problems without an answer", file=sys.stderr)
     if several:

@@ -42,8 +42,10 @@ def is_right(stated: str, answer: str, question: str = "") -> bool:
     NOT IN PAPER, as is all of this checker. A number, a word and what is spelt as the answer is may
     well stand in the question. An equation or inequality of the question has to be solved.
     """
+    if not same_answer(stated, answer):
+        return False
     asked = [one or two for one, two in MATHS.findall(BLOCK.sub("$", question.replace(r"\$", " ")))]
-    if not same_answer(stated, answer) or is_copy(stated, answer, asked):
+    if is_copy(stated, answer, asked):
         return False
     unsolved = not is_solved(stated) and is_solved(answer)
     relations = (formula for formula in asked if RELATION.search(tidy(formula)))

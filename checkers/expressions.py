@@ -280,7 +280,7 @@ class Reader:
     them that are expressions or terms.
     """
 
-    def __init__(self, text: str, algebra: "Algebra", sign: int):
+    def __init__(self, text: str, algebra: Algebra, sign: int):
         self.text, self.algebra, self.sign, self.parts = text, algebra, sign, []
         self.at, self.depth, self.bars, self.degrees, self.effort = 0, 0, False, None, 0
         self.names: set[str] = set()
