@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from data import InputError
-from tasks import ATTEMPT_FLAGS, TASKS, check_task, settings_of
+from tasks import ATTEMPT_FLAGS, TASKS, check_task, find_task, read_words, settings_of
 
 COLDEST = 0.01  # temperature: what is divided by less may not be finite
 VOTES_TEMPERATURE = 0.7  # section 6.2
@@ -36,8 +36,11 @@ class Config:
     stage: str = flag("1,2", "in order, such as 1 or 1,2,1,2; others: 0 1b star star+ pair pair+")
     model: str = flag("builtin", "base: builtin, folder or hub name")
     init: str = flag("", "checkpoint from which the policy starts (default: the base model)")
-    task: str = flag("sums", "what to learn: sums, math or code")
-    data: str = flag("", "folder of the task's JSONL files, not the Hugging Face hub")
+    task: str = flag("sums", "what to learn: sums, math, code, answers, or a Python file")
+    data: str = flag("", "folder of the task's files, not the Hugging Face hub; answers: or name")
+    columns: str = flag("", "of --task answers, such as problem,solution; usual: question,answer")
+    prompt: str = flag("", "file with other words of the first prompt; {question} stands in it")
+    correction: str = flag("", "file with other words that ask for another attempt")
     ids: str = flag("", "of MBPP's problems to train on; NOT STATED")
     out: str = flag("runs/sums", "run folder")
     seed: int = flag(0, "random seed for base model, data order and sampling")
@@ -64,12 +67,28 @@ class Config:
     save_every: int = flag(25, "steps between saves; the best of them is the stage's checkpoint")
     show_every: int = flag(25, "steps between transcripts in samples.txt")
     problems: int = flag(2000, "held-out problems in the table at the end")
-    resume: bool = flag(False, "go on with the interrupted run in --out")
+    eval_every: int = flag(0, "steps between evaluations on those; 0: at the ends of stages")
+    tensorboard: int = flag(0, "1: write the metrics for TensorBoard, too")
+    resume: bool = flag(False, "go on with the run in --out; more steps may be given")
+
+
+PATHS = ("model", "init", "data", "prompt", "correction")  # where they name something here
 
 
 def configure(typed: dict) -> Config:
     """The settings of a task, with those that were typed."""
-    return Config(**{**settings_of(typed.get("task", Config.task)), **typed})
+    task = typed.get("task", Config.task)
+    settings = {**settings_of(task), **typed}
+    for name in sorted(set(settings) - {item.name for item in fields(Config)}):
+        raise InputError(f"--task {task} sets {name!r} in training, which score.py has not")
+    return Config(**settings)
+
+
+def with_absolute_paths(settings: dict) -> dict:
+    """Settings that name the same files and folders, wherever they are read."""
+    paths = [name for name in PATHS if os.path.exists(settings.get(name) or "")]
+    paths += ["task"] * settings.get("task", "").endswith(".py")
+    return settings | {name: os.path.abspath(settings[name]) for name in paths}
 
 
 # --- 2. Stages ---------------------------------------------------------------------------------
@@ -118,7 +137,9 @@ def plan_of(names: str, stages: dict[str, Stage]) -> list[Stage]:
 
 def check_settings(cfg: Config, plan: list[Stage]) -> None:
     """Raise InputError for a setting that cannot work, before anything is written."""
-    check_task(cfg.task, data=cfg.data, ids=cfg.ids)
+    check_task(cfg.task, data=cfg.data, ids=cfg.ids, columns=cfg.columns)
+    for name in ("prompt", "correction"):
+        read_words(as_flag(name), getattr(cfg, name))
     check_plan(cfg, plan)
     positive = ("steps1", "steps2", "batch", "lr", "clip", "max_new_tokens", "temperature")
     for name in (*positive, "rows", "micro_tokens", "save_every", "show_every", "problems"):
@@ -138,8 +159,11 @@ def check_settings(cfg: Config, plan: list[Stage]) -> None:
     if not 0 <= cfg.offline <= 1:
         raise InputError(f"--offline {cfg.offline} is a share of the problems: give 0 to 1")
     check_precision(cfg.precision)
-    if cfg.recompute not in (0, 1):
-        raise InputError(f"--recompute {cfg.recompute} must be 0 or 1")
+    for name in ("recompute", "tensorboard"):
+        if getattr(cfg, name) not in (0, 1):
+            raise InputError(f"--{name} {getattr(cfg, name)} must be 0 or 1")
+    if cfg.eval_every < 0:
+        raise InputError(f"--eval-every {cfg.eval_every} must be 0 or more")
     if cfg.model == "builtin" and cfg.task != "sums":
         raise InputError(f"--model builtin can only add: name a model for --task {cfg.task}")
 
@@ -205,31 +229,38 @@ def parse_train_flags(words: str, argv: list[str] | None = None) -> dict:
 
 def parse_eval_flags(words: str, argv: list[str] | None = None) -> argparse.Namespace:
     """All flags of eval.py."""
-    parser = argparse.ArgumentParser(description=words.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=words.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", help="checkpoint folder, or name on the Hugging Face hub")
-    parser.add_argument("--task", default="sums", help=" or ".join(TASKS))
-    parser.add_argument("--data", default="", help="folder of the task's JSONL files, not the hub")
+    words = f"{', '.join(TASKS)}, or a Python file with TASK = Task(..)"
+    parser.add_argument("--task", default="sums", help=words)
+    for item in fields(Config):
+        if item.name in ("data", "columns", "prompt", "correction"):
+            parser.add_argument(as_flag(item.name), default="", help=item.metadata["help"])
     parser.add_argument("--split", default="test", help="of the problems; code: test or mbpp")
+    parser.add_argument("--ask", metavar="QUESTION", help="attempt this question, and print that")
     words = "correct given wrong first attempts: of a JSONL file, or (without FILE) of the base"
     parser.add_argument("--repair", nargs="?", const="", metavar="FILE", help=words)
     words = f"votes of 2, 4 .. 2 SAMPLES, at temperature {VOTES_TEMPERATURE} unless that is given"
     parser.add_argument("--samples", type=int, default=0, help=words)
     words = "Self-Refine: ask for feedback on attempt 1, and then for attempt 2"
     parser.add_argument("--refine", action="store_true", help=words)
-    parser.add_argument("--attempts", type=int, default=2)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    parser.add_argument("--attempts", type=int, default=2, help="at each problem (default: 2)")
+    parser.add_argument("--temperature", type=float, help="0, the default, is greedy")
     for name, words in ATTEMPT_FLAGS.items():
         usual = {task: getattr(TASKS[task], name) for task in TASKS}
         text = f"{words} ({', '.join(f'{task}: {value}' for task, value in usual.items())})"
         parser.add_argument(as_flag(name), type=type(usual["sums"]), help=text)
     parser.add_argument("--seed", default="eval", help="of sampling, at a temperature above 0")
-    parser.add_argument("--out", type=Path, help="folder to write to (default: MODEL/eval)")
+    words = "folder to write to (default: RUN/eval/STAGE for the checkpoint RUN/STAGE)"
+    parser.add_argument("--out", type=Path, help=words)
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw a run or an evaluation")
+    words = "one HTML page on a run or an evaluation, or on two of them side by side"
+    parser.add_argument("--report", type=Path, nargs="+", metavar="FOLDER", help=words)
     parser.error = reject
     args = parser.parse_args(argv)
     for name in ATTEMPT_FLAGS:
         if getattr(args, name) is None:
-            setattr(args, name, settings_of(args.task).get(name))
-    if args.samples and args.temperature == 0:
-        args.temperature = VOTES_TEMPERATURE
+            setattr(args, name, getattr(find_task(args.task), name))
+    if args.temperature is None:
+        args.temperature = VOTES_TEMPERATURE if args.samples else 0.0
     return args

@@ -1,4 +1,4 @@
-"""What is asked: problems with their true answers, of three tasks.
+"""What is asked: problems with their true answers, of four tasks.
 
 `sums`, built in, is column addition, most significant column first; here three of seven columns:
 
@@ -9,10 +9,12 @@ The first digit needs a carry that may come from far to the right. Attempt 1 has
 attempt 2 can read what attempt 1 wrote. What the built-in base model makes of it: sft.py.
 
 `math` is MATH, 12,000 problems to train on and MATH500 to test on; `code` is MBPP to train on and
-HumanEval to test on (section 6 of the paper), from the hub or files. Next to read: rewards.py.
+HumanEval to test on (section 6 of the paper), from the hub or files. `answers` are your own
+questions, from JSONL, CSV or Parquet files or the hub. Next to read: rewards.py.
 """
 
 import ast
+import csv
 import gzip
 import hashlib
 import json
@@ -38,14 +40,15 @@ SHARE_OF_NINES = 0.6  # columns that add up to 9 pass a carry on, so carries run
 class Problem:
     """One question with its true answer; `id` is unique within the task.
 
+    task, and an id that is left out (the question itself), are filled in by tasks.load_problems.
     subject and level are MATH's ("Algebra", "5"); the level of a sum: how far a carry runs. tests
     are sources that decide about a program; given is HumanEval's beginning of one.
     """
 
     question: str
-    answer: str
-    task: str
-    id: str
+    answer: str | None  # None: not known
+    task: str = ""
+    id: str = ""
     subject: str = ""
     level: str = ""
     tests: tuple[str, ...] = ()
@@ -108,24 +111,29 @@ def sums_problems(split: str, count: int | None) -> tuple[Problem, ...]:
 HUB_TRAIN, HUB_TEST = "EleutherAI/hendrycks_math", "HuggingFaceH4/MATH-500"
 SUBJECTS = "algebra counting_and_probability geometry intermediate_algebra number_theory"
 SUBJECTS += " prealgebra precalculus"
-MATH_TEXTS = ["problem", "solution", "answer", "subject", "type"]
+MATH_TEXTS = {"problem": True} | dict.fromkeys("solution answer subject type".split(), False)
 
 
 @cache
 def math_problems(folder: str) -> dict[str, tuple[Problem, ...]]:
     """Both splits, from JSONL files or the hub: the same problems in the same order."""
     splits = {split: as_problems(rows, split) for split, rows in math_rows(folder).items()}
+    check_splits(splits, f"--data {folder}" if folder else HUB_TRAIN)
+    return splits
+
+
+def check_splits(splits: dict[str, tuple[Problem, ...]], source: str) -> None:
+    """Raise InputError for a split without problems, and for problems that are in both."""
     for split in splits:
         if not splits[split]:
-            raise InputError(f"--data {folder}: the {split} file holds no problem with an answer")
+            raise InputError(f"{source}: the {split} file holds no problem with an answer")
     trained_on = {words(problem.question) for problem in splits["train"]}
     clashes = [p.question for p in splits["test"] if words(p.question) in trained_on]
     if clashes:
         raise InputError(
-            f"{folder or HUB_TRAIN}: {len(clashes)} problems are in training and in test, such as "
+            f"{source}: {len(clashes)} problems are in training and in test, such as "
             f'"{clashes[0][:60]}": take them out of the training file, or name another --data'
         )
-    return splits
 
 
 def math_rows(folder: str) -> dict[str, list[dict]]:
@@ -195,13 +203,58 @@ def words(question: str) -> str:
     return " ".join(question.split())
 
 
-# --- 3. MBPP and HumanEval ---------------------------------------------------------------------
+# --- 3. Your own questions -----------------------------------------------------------------------
+
+TABLES = ("*.jsonl", "*.jsonl.gz", "*.csv", "*.parquet")
+
+
+@cache
+def own_problems(source: str, columns: str) -> dict[str, tuple[Problem, ...]]:
+    """Both splits of a folder or a hub name, "owner/name" or "owner/name:configuration".
+
+    columns: "question,answer". An answer may end in "#### 42", as GSM8K's do, or in a box.
+    """
+    if not source:
+        raise InputError("--task answers needs --data: a folder with your questions, or a hub name")
+    question, _, answer = (part.strip() for part in columns.partition(","))
+    if not question or not answer or "," in answer:
+        raise InputError(f"--columns {columns} must name two, such as question,answer")
+    texts, names = {question: True, answer: True}, {"train": ["train"], "test": ["test"]}
+    if Path(source).is_dir() or source.count("/") != 1:
+        found = read_folder(Path(source), names, texts, files=TABLES)
+    else:
+        name, _, configuration = source.partition(":")
+        parts = {split: (name, *filter(None, [configuration]), split) for split in names}
+        found = {split: from_hub("answers", [part]) for split, part in parts.items()}
+        found = {n: with_texts(rows, texts, f"{source}, {n} row") for n, rows in found.items()}
+    splits = {split: tuple(own_rows(rows, *texts, split)) for split, rows in found.items()}
+    check_splits(splits, f"--data {source}")
+    return splits
+
+
+def own_rows(rows: list[dict], question: str, answer: str, split: str):
+    """The problems of these columns; those without an answer, and repeated ones, are left out."""
+    seen, skipped = set(), 0
+    for row in rows:
+        final = (row[answer] or "").rpartition("####")[2]
+        final = (last_box(final) or final).strip()
+        key = words(row[question])
+        skipped += not final or key in seen
+        if final and key not in seen:
+            seen.add(key)
+            level, subject = (str(row.get(name) or "") for name in ("level", "subject"))
+            yield Problem(row[question], final, "answers", key, subject, level)
+    if skipped:
+        print(f"skipped {skipped} {split} problems: repeated, or no answer", file=sys.stderr)
+
+
+# --- 4. MBPP and HumanEval ---------------------------------------------------------------------
 
 HUB_MBPP, HUB_HUMANEVAL = "google-research-datasets/mbpp", "openai/openai_humaneval"
 SHOTS = (2, 3, 4)  # MBPP's ids that the three-shot prompt shows (appendix C)
 MBPP_TEST = range(11, 511)  # its own test split
-HUMANEVAL_TEXTS = ["prompt", "canonical_solution", "test", "entry_point"]
-CODE_TEXTS = {"mbpp": ["text", "code"], "humaneval": HUMANEVAL_TEXTS}
+HUMANEVAL_TEXTS = dict.fromkeys("prompt canonical_solution test entry_point".split(), True)
+CODE_TEXTS = {"mbpp": {"text": True, "code": True}, "humaneval": HUMANEVAL_TEXTS}
 
 
 def code_problems(split: str, folder: str, ids: str) -> tuple[Problem, ...]:
@@ -287,62 +340,105 @@ def preamble(prompt: str) -> str:
     return f"\n{prompt}".rpartition("\ndef ")[0] + "\n"
 
 
-# --- 4. Files and the hub -----------------------------------------------------------------------
+# --- 5. Files and the hub -----------------------------------------------------------------------
 
 
-def read_folder(folder: Path, names: dict, texts: list[str], prefer: str = "") -> dict[str, list]:
+def read_folder(
+    folder: Path, names: dict, texts: dict[str, bool], prefer: str = "", files=TABLES[:2]
+) -> dict[str, list]:
     """Rows of one file for each key of `names`: a file that has one of these in its name.
 
-    Those with `prefer` in their names come before others. texts: keys of a row that hold texts or
-    are absent; the first must be there.
+    Those with `prefer` in their names come before others. texts: keys of a row that hold texts,
+    and whether each must be there. files: patterns of their names.
     """
+    kinds = ", ".join(pattern[1:] for pattern in files)
     if not folder.is_dir():
-        raise InputError(f"--data {folder} is no folder: name one with JSONL files")
+        raise InputError(f"--data {folder} is no folder: name one with {kinds} files")
     found = {}
     for key, parts in names.items():
-        files = sorted(folder.glob("*.jsonl*"))
-        files = [path for path in files if any(part in path.name.lower() for part in parts)]
-        files = [path for path in files if prefer in path.name.lower()] or files
-        if len(files) != 1:
+        paths = sorted(path for pattern in files for path in folder.glob(pattern))
+        paths = [path for path in paths if any(part in path.name.lower() for part in parts)]
+        paths = [path for path in paths if prefer in path.name.lower()] or paths
+        if len(paths) != 1:
             raise InputError(
-                f"--data {folder} needs one JSONL file (.jsonl or .jsonl.gz) with "
-                f"{' or '.join(parts)} in its name, but has {len(files)}"
+                f"--data {folder} needs one file ({kinds}) with {' or '.join(parts)} in its name, "
+                f"but has {', '.join(path.name for path in paths) or 'none'}"
             )
-        found[key] = read_jsonl(files[0], texts)
+        found[key] = read_table(paths[0], texts)
     return found
 
 
-def read_jsonl(path: Path, texts: list[str] | tuple = ()) -> list[dict]:
-    """The objects of a JSONL file, less those whose first text is empty; a bad line is named."""
+def read_table(path: Path, texts: dict[str, bool]) -> list[dict]:
+    """The rows of a JSONL, CSV or Parquet file; InputError for one that cannot be read."""
+    if path.suffix == ".csv":
+        rows = list(csv.DictReader(read_text(path).splitlines(keepends=True), restkey=""))
+    elif path.suffix == ".parquet":
+        rows = load_parts([("parquet", "train")], str(path), data_files=str(path))
+    else:
+        return read_jsonl(path, texts)
+    return with_texts(rows, texts, f"{path}, row")
+
+
+def read_text(path: Path) -> str:
+    """A file of UTF-8, maybe compressed, with or without a byte order mark."""
     opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            lines = file.read().splitlines()
+        with opened(path, "rt", encoding="utf-8-sig") as file:
+            return file.read()
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}): mend it or name another") from error
+
+
+def read_jsonl(path: Path, texts: dict[str, bool] | None = None) -> list[dict]:
+    """The objects of a JSONL file, less those whose first text is empty; a bad line is named.
+
+    Only a line feed ends a line: JSON texts may hold the other line ends of Unicode.
+    """
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         try:
-            row = dict(json.loads(line)) if line.strip() else None
-            if row and not all(isinstance(row.get(key) or "", str) for key in texts):
-                raise TypeError("not a text")
-            rows += [row] if row and all(row[key] for key in texts[:1]) else []
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            what = "a JSON object" + "".join(f" with a {key}, all texts" for key in texts[:1])
-            raise InputError(f"{path}, line {number}, is not {what}: mend it") from error
-    return rows
+            rows.append(json.loads(line) if line.strip() else None)
+        except (ValueError, RecursionError) as error:
+            start = f"{line.strip()[:40]!r}"
+            raise InputError(
+                f"{path}, line {number} begins {start}, which is no JSON ({error}): mend it"
+            ) from error
+    return with_texts(rows, texts or {}, f"{path}, line")
+
+
+def with_texts(rows: list, texts: dict[str, bool], source: str) -> list[dict]:
+    """The rows that are not None, less those whose first text is empty; numbers become texts.
+
+    Raises InputError for a row that is no object, lacks a key, or has something else than a text.
+    """
+    for number, row in enumerate(rows, start=1):
+        where = f"{source} {number}"
+        if row is not None and not isinstance(row, dict):
+            raise InputError(f"{where} is {row!r:.40}, no JSON object: write one object a line")
+        for key in texts if row else ():
+            value = row.get(key)
+            if texts[key] and key not in row:
+                raise InputError(f"{where} has no {key!r}, only {', '.join(map(repr, row))}")
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                row[key] = str(value)
+            elif value is not None and not isinstance(value, str):
+                raise InputError(f"{where}: {key!r} is {value!r:.40}, no text: mend it")
+    return [row for row in rows if row and all(row[key] for key in list(texts)[:1])]
 
 
 def from_hub(task: str, parts: list[tuple]) -> list[dict]:
     """The rows of some parts of data sets, each (name, split) or (name, configuration, split)."""
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it counts its retries
+    hint = "allow the network, or name a folder of files with --data"
+    return load_parts(parts, f"--task {task}, from the Hugging Face hub,", hint)
+
+
+def load_parts(parts: list[tuple], source: str, hint: str = "mend it", **settings) -> list[dict]:
+    """`from_hub`, of anything that load_dataset reads; InputError names the source."""
     from datasets import load_dataset  # slow to import, and not needed for the built-in task
 
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it counts its retries
     try:
-        return [row for *name, split in parts for row in load_dataset(*name, split=split)]
+        return [r for *name, split in parts for r in load_dataset(*name, split=split, **settings)]
     except Exception as error:  # whatever an absent network raises
         reason = str(error).strip().partition("\n")[0]
-        raise InputError(
-            f"--task {task} cannot be read from the Hugging Face hub ({reason}): allow the "
-            "network, or name a folder of JSONL files with --data"
-        ) from error
+        raise InputError(f"{source} cannot be read ({reason}): {hint}") from error

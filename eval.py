@@ -7,7 +7,8 @@
     python eval.py --model runs/code/stage2 --task code --split mbpp --repair
     python eval.py --model runs/sums/stage2 --samples 16    to sample or to correct
     python eval.py --model runs/sums/base --refine          Self-Refine: prompts alone
-    python eval.py --plot runs/sums                         its learning curve
+    python eval.py --model runs/sums/stage2 --ask "4+7 9+0 3+8 1+2 5+4 6+3 2+2 ="
+    python eval.py --report runs/sums                       a page on it; --plot: pictures
 
 Votes (section 6.2): at a budget of 2k samples of a problem, `parallel` is a vote of 2k first
 attempts, and `sequential` one of k corrections, one of each of the first k attempts (NOT STATED:
@@ -30,12 +31,23 @@ from pathlib import Path
 
 import figures
 import ranks
+import report
 from data import InputError, Problem, read_jsonl
 from metrics import as_table, by_group, evaluate, intervals, measure
 from models import load_checkpoint
-from runs import base_in, locked, read_json, write_atomically
-from sample import Attempt, Episode, Sampling
-from tasks import TASKS, Chat, agree, check_task, judge, load_problems, read_chat, refining
+from runs import base_in, disk_errors_explained, locked, read_json, write_atomically
+from sample import Attempt, Episode, Sampling, askable, rollout
+from tasks import (
+    Chat,
+    agree,
+    check_task,
+    find_task,
+    judge,
+    load_problems,
+    read_chat,
+    read_words,
+    refining,
+)
 
 # --- 1. Votes: is it better to sample more, or to correct? ---------------------------------------
 
@@ -158,14 +170,18 @@ def base_of(model: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done, 2 bad input."""
     try:
-        with ranks.process_group():
+        with ranks.process_group(), disk_errors_explained():
             args = ranks.on_all_ranks(parse_eval_flags, __doc__, argv)
-            if args.plot:
-                print(f"wrote {figures.draw(args.plot)}")
-                return 0
-            problems, folder, settings = ranks.on_all_ranks(prepare, args)
-            with locked(folder):
-                report(args, problems, folder, settings)
+            if args.plot or args.report:
+                draw = partial(figures.draw, args.plot) if args.plot else partial(write, args)
+                print(f"wrote {ranks.on_all_ranks(draw)}")
+            elif args.ask is not None:
+                ranks.on_all_ranks(check_flags, args)
+                answer_question(args)
+            else:
+                problems, folder, settings = ranks.on_all_ranks(prepare, args)
+                with locked(folder):
+                    run_evaluation(args, problems, folder, settings)
     except InputError as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2
@@ -175,11 +191,31 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def write(args: Namespace) -> Path:
+    """The page of --report, in --out or the first folder that it is about."""
+    return report.write(args.report, args.out or args.report[0])
+
+
+def answer_question(args: Namespace) -> None:
+    """Print the attempts at the question of --ask, which has no known answer."""
+    model, chat = load_with_chat(args.model, args)
+    problem = Problem(args.ask, answer=None, task=args.task, id=args.ask)
+    attempts = 3 if args.refine else args.attempts
+    sampling = Sampling(attempts, args.max_new_tokens, args.temperature, args.seed, args.rows)
+    [episode] = rollout(model, chat, askable([problem], model, chat, sampling), sampling)
+    names = ["attempt 1", "feedback", "attempt 2"] if args.refine else None
+    for number, attempt in enumerate(episode.attempts, start=1):
+        cut = "" if attempt.finished else " (cut off: raise --max-new-tokens)"
+        name = names[number - 1] if names else f"attempt {number}"
+        print(f"{name}{cut}\n{attempt.text}\n")
+
+
 def prepare(args: Namespace) -> tuple[list[Problem], Path, dict[str, str]]:
     """Problems, folder and settings of an evaluation; InputError for what cannot work."""
     check_flags(args)
-    problems = load_problems(args.task, args.split, args.problems, args.data)
-    no_settings = ("out", "plot", "rows")
+    data = {"data": args.data, "columns": args.columns}
+    problems = load_problems(args.task, args.split, args.problems, **data)
+    no_settings = ("out", "plot", "rows", "report", "ask")
     settings = {key: str(value) for key, value in vars(args).items() if key not in no_settings}
     kinds = {
         args.split: args.split != "test",
@@ -187,20 +223,27 @@ def prepare(args: Namespace) -> tuple[list[Problem], Path, dict[str, str]]:
         "samples": args.samples,
         "refine": args.refine,
     }
-    name = "-".join(["eval", *(kind for kind, asked in kinds.items() if asked)])
-    local = Path(args.model).is_dir()
-    folder = args.out or (Path(args.model) if local else Path("runs") / args.model) / name
+    model = Path(args.model)
+    if not model.is_dir():  # of the hub
+        model = Path("runs") / args.model
+    elif not model.name.strip("."):
+        model = model.resolve()
+    name = "-".join([model.name, *(kind for kind, asked in kinds.items() if asked)])
+    folder = args.out or model.parent / "eval" / name
     kept = "scaling.json" if args.samples else "metrics.json"
-    if read_json(folder / kept).get("settings", settings) != settings:
-        raise InputError(f"{folder} holds another evaluation: name another folder with --out")
+    earlier = read_json(folder / kept).get("settings", settings)
+    for key in (key for key in settings if earlier.get(key) != settings[key]):
+        before, now = earlier.get(key) or "none", settings[key] or "none"
+        words = f"whose {as_flag(key)} was {before}, not {now}"
+        raise InputError(f"{folder} holds an evaluation {words}: name another folder with --out")
     return problems, folder, settings
 
 
 def check_flags(args: Namespace) -> None:
     """Raise InputError for a flag that cannot work."""
-    check_task(args.task, data=args.data)
-    if args.split not in TASKS[args.task].splits:
-        splits = " or ".join(TASKS[args.task].splits)
+    check_task(args.task, data=args.data, columns=args.columns)
+    if args.split not in find_task(args.task).splits:
+        splits = " or ".join(find_task(args.task).splits)
         raise InputError(f"--split {args.split} is not one of --task {args.task}: {splits}")
     check_precision(args.precision)
     for name in ("attempts", "problems", "max_new_tokens", "rows"):
@@ -215,6 +258,8 @@ def check_flags(args: Namespace) -> None:
         raise InputError("--samples must be 1 or more, and goes without --attempts and --repair")
     if args.refine and (args.samples or not two_own_attempts):
         raise InputError("--refine goes with neither --attempts nor --samples nor --repair")
+    if args.ask is not None and (not args.ask.strip() or args.samples or args.repair is not None):
+        raise InputError("--ask needs a question, and goes without --samples and --repair")
     if args.repair is not None and args.attempts < 2:
         raise InputError("--repair needs --attempts 2 or more: the first are given")
 
@@ -222,8 +267,12 @@ def check_flags(args: Namespace) -> None:
 def load_with_chat(name: str, args: Namespace):
     """A model on this rank's device, and its Chat."""
     model, tokenizer = ranks.on_all_ranks(load_checkpoint, name, args.precision)
-    read = refining if args.refine else read_chat
-    return model.to(ranks.device()), ranks.on_all_ranks(read, tokenizer, model, args.task)
+    again, prompt = read_words("--correction", args.correction), read_words("--prompt", args.prompt)
+    if args.refine:
+        chat = ranks.on_all_ranks(refining, tokenizer, model, args.task, prompt)
+    else:
+        chat = ranks.on_all_ranks(read_chat, tokenizer, model, args.task, again, prompt)
+    return model.to(ranks.device()), chat
 
 
 def base_attempts(args: Namespace, problems, sampling: Sampling) -> list[Episode]:
@@ -242,8 +291,8 @@ def file_attempts(args: Namespace, problems, chat: Chat) -> list[Episode]:
     return only_wrong(given_episodes(asked, attempts, chat, args.max_new_tokens), args.repair)
 
 
-def report(args: Namespace, problems: list[Problem], folder: Path, settings: dict) -> None:
-    """Evaluate a model, print every metric and its interval, write the files."""
+def run_evaluation(args: Namespace, problems: list, folder: Path, settings: dict) -> None:
+    """Evaluate a model, write the files, print every metric and its interval."""
     attempts = 3 if args.refine else args.attempts
     sampling = Sampling(attempts, args.max_new_tokens, args.temperature, args.seed, args.rows)
     begun = base_attempts(args, problems, sampling) if args.repair == "" else []
@@ -265,15 +314,15 @@ def report(args: Namespace, problems: list[Problem], folder: Path, settings: dic
         metrics = measure(episodes)
     groups = by_group(episodes)
     bounds = intervals(metrics, len(episodes))
-    for name, value in metrics.items():
-        low_high = "[{:.3f}, {:.3f}]".format(*bounds[name]) if name in bounds else ""
-        print(f"{name:14}{value:8.3f}  {low_high}")
-    if groups and args.attempts > 1:
-        print(as_table(groups))
     record = {"settings": settings, "metrics": metrics, "intervals": bounds, "groups": groups}
     write_atomically(folder / "transcripts.jsonl", "".join(map(transcript_line, episodes, said)))
     # last, since it says that all is done
     write_atomically(folder / "metrics.json", json.dumps(record, indent=2))
+    for name, value in metrics.items():
+        ends = (f"{end + 0.0:.3f}" for end in (round(x, 3) for x in bounds.get(name, ())))
+        print(f"{name:14}{value:8.3f}" + (f"  [{', '.join(ends)}]" if name in bounds else ""))
+    if groups and args.attempts > 1:
+        print(as_table(groups))
     print(f"wrote {folder}/metrics.json and transcripts.jsonl")
 
 

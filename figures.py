@@ -14,7 +14,7 @@ from statistics import mean
 
 from data import InputError, read_jsonl
 from metrics import edit_ratio, wilson
-from runs import read_json, read_metrics
+from runs import read_json, read_log
 from score import STAGES
 
 SHARES = {"acc_t1": "acc@t1", "acc_t2": "acc@t2", "delta": "delta", "copied": "answers copied"}
@@ -52,7 +52,7 @@ def write_picture(figure, path: Path) -> Path:
 
 def draw_curve(folder: Path) -> Path:
     """metrics.jsonl of a run; each point is a mean over 10 steps."""
-    lines = read_metrics(folder / "metrics.jsonl")
+    lines = read_log(folder / "metrics.jsonl")
     if not lines:
         raise InputError(f"{folder}/metrics.jsonl holds no step yet: nothing to draw")
     steps = [line["step"] for line in lines]

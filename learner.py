@@ -6,6 +6,7 @@ Next to read: eval.py.
 """
 
 import copy
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,11 +17,11 @@ import ranks
 import runs
 from config import Config, Stage
 from data import InputError, Problem
-from metrics import evaluate
+from metrics import as_record, evaluate
 from runs import Progress, Run
 from sample import Episode, Sampling, askable
 from sft import fit_builtin
-from tasks import Chat, load_problems, read_chat
+from tasks import Chat, load_problems, read_chat, read_words
 
 
 @dataclass
@@ -46,22 +47,44 @@ def open_training(typed: dict, stages: dict[str, Stage]) -> tuple[Learner, Run, 
 def start_training(typed: dict, stages: dict[str, Stage]) -> tuple[Learner, Run, Progress]:
     """A new run, or Stage II after a finished Stage I with its settings; nothing is overwritten."""
     cfg, plan, run, init, same_base = ranks.on_all_ranks(runs.prepare_run, typed, stages)
-    learner = build(cfg, plan, init, same_base)
+    learner, base = build(cfg, plan, init, same_base)
+    ranks.on_all_ranks(check_space, learner, 0, 2)
     if not run.results:
-        for name, temperature in (("base", 0.0), ("base, sampled", cfg.temperature)):
-            run.write_results(name, held_out(learner, learner.ref, temperature)[1])
+        episodes, metrics = held_out(learner, learner.ref, 0.0)
+        write_held_out(run, "base", episodes)
+        run.write_results("base", metrics)
+        run.write_results("base, sampled", held_out(learner, learner.ref, cfg.temperature)[1])
     progress = Progress(beta2=cfg.beta2)
     save_training(learner, run, progress)
-    runs.write_config(run, asdict(cfg))
+    runs.write_config(run, cfg, typed, base)
     return learner, run, progress
 
 
 def resume_training(typed: dict, stages: dict[str, Stage]) -> tuple[Learner, Run, Progress]:
-    """The run in --out as it was last saved; its own settings hold, so no other flag may differ."""
-    cfg, plan, run, where = ranks.on_all_ranks(runs.reopen_run, typed, stages)
-    learner = build(cfg, plan, "", same_base=True)
+    """The run in --out as it was last saved, maybe with more steps to make.
+
+    A finished one gets a Progress that is past its last stage.
+    """
+    cfg, plan, run, where, base = ranks.on_all_ranks(runs.reopen_run, typed, stages)
+    progress = Progress(**where["progress"])
+    learner, found = build(cfg, plan, "", same_base=True)
+    if found != base:
+        ranks.abort(f"--model {cfg.model} has other weights than the base of the run in {cfg.out}")
+    ranks.on_all_ranks(check_space, learner, progress.index, 1)
+    if runs.is_finished(cfg, plan, run, progress):
+        progress.index += 1
+        return learner, run, progress
     runs.read_state(run, models.state_of(learner.policy, learner.optimizer), where)
-    return learner, run, Progress(**where["progress"])
+    if typed.keys() - {"resume", "out"}:
+        runs.write_config(run, cfg, typed, base)
+    return learner, run, progress
+
+
+def check_space(learner: Learner, index: int, states: int) -> None:
+    """Raise InputError without room for stages from `index` on and so many more saved states."""
+    weights = sum(weight.numel() for weight in learner.ref.parameters())
+    size, left = getattr(torch, learner.cfg.precision).itemsize, len(learner.plan) - index
+    runs.check_space(Path(learner.cfg.out), weights, size, left, states)
 
 
 def save_training(learner: Learner, run: Run, progress: Progress) -> None:
@@ -70,17 +93,19 @@ def save_training(learner: Learner, run: Run, progress: Progress) -> None:
     runs.write_state(run, tensors, {"progress": asdict(progress), "stage": learner.cfg.stage})
 
 
-def build(cfg: Config, plan: list[Stage], init: str, same_base: bool) -> Learner:
+def build(cfg: Config, plan: list[Stage], init: str, same_base: bool) -> tuple[Learner, str]:
     """The frozen base model as reference, and the policy: the checkpoint `init`, or a copy of it.
 
-    same_base: may the built-in base model in the run folder be used, if there is one?
+    same_base: may the built-in base model in the run folder be used, if there is one? Returns the
+    base model's fingerprint, too.
     """
     policy = ranks.on_all_ranks(models.load_checkpoint, init, cfg.precision)[0] if init else None
     ranks.on_all_ranks(fit_base, cfg, same_base)
     policy, ref, tokenizer = ranks.on_all_ranks(add_reference, policy, cfg, init)
     chat, problems = ranks.on_all_ranks(questions, cfg, ref, tokenizer)
-    full_copy = models.distribute(policy, ref, cfg.precision)
-    return Learner(policy, ref, full_copy, models.adam(policy, cfg.lr), chat, problems, cfg, plan)
+    base = models.fingerprint(ref)
+    full_copy, adam = models.distribute(policy, ref, cfg.precision), models.adam(policy, cfg.lr)
+    return Learner(policy, ref, full_copy, adam, chat, problems, cfg, plan), base
 
 
 def fit_base(cfg: Config, same_base: bool) -> None:
@@ -107,8 +132,9 @@ def add_reference(policy, cfg: Config, init: str):
 
 def questions(cfg: Config, model, tokenizer) -> tuple[Chat, list[Problem]]:
     """The Chat of a model, and the problems to train on that leave room for all attempts."""
-    chat = read_chat(tokenizer, model, cfg.task)
-    problems = load_problems(cfg.task, "train", data=cfg.data, ids=cfg.ids)
+    again, prompt = read_words("--correction", cfg.correction), read_words("--prompt", cfg.prompt)
+    chat = read_chat(tokenizer, model, cfg.task, again, prompt)
+    problems = load_problems(cfg.task, "train", None, cfg.data, cfg.ids, cfg.columns)
     return chat, askable(problems, model, chat, Sampling(cfg.attempts, cfg.max_new_tokens))
 
 
@@ -156,5 +182,11 @@ def held_out(learner: Learner, model, temperature: float):
     """A model's episodes on held-out problems, and their metrics."""
     cfg, model = learner.cfg, ranks.unshard(model, learner.full_copy)
     sampling = Sampling(cfg.attempts, cfg.max_new_tokens, temperature, "held out", cfg.rows)
-    problems = load_problems(cfg.task, "test", cfg.problems, cfg.data)
+    problems = load_problems(cfg.task, "test", cfg.problems, cfg.data, columns=cfg.columns)
     return evaluate(model, learner.chat, problems, sampling)
+
+
+def write_held_out(run: Run, model: str, episodes: list[Episode]) -> None:
+    """Add what a model of the run made of the held-out problems to its episodes."""
+    lines = (as_record(episode, source=f"{model}, held out") for episode in episodes)
+    run.append(runs.EPISODES, "".join(json.dumps(line) + "\n" for line in lines))

@@ -119,6 +119,16 @@ def as_text(episode: Episode) -> str:
     return "\n".join(lines) + "\n\n"
 
 
+def as_record(episode: Episode, source: str, weights=(), **where) -> dict:
+    """An episode as data to look at (episodes.jsonl); weights: what multiplied each attempt."""
+    problem, kept = episode.problem, ("text", "stated", "finished", "reward")
+    attempts = [{name: getattr(attempt, name) for name in kept} for attempt in episode.attempts]
+    for attempt, weight in zip(attempts, weights, strict=False):
+        attempt["weight"] = weight
+    asked = {name: getattr(problem, name) for name in ("question", "answer", "level", "subject")}
+    return {"source": source, **where, **asked, "attempts": attempts}
+
+
 def as_table(rows: dict[str, dict[str, float]]) -> str:
     """Accuracy of each attempt, the paper's other metrics and copied answers, a line a model."""
     count = min(sum(name.startswith("acc_t") for name in metrics) for metrics in rows.values())

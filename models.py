@@ -7,11 +7,16 @@ exactly 0. Next to read: ranks.py.
 """
 
 import copy
+import errno
+import hashlib
+import logging
 import shutil
+import sys
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import ranks
@@ -24,6 +29,7 @@ def quiet_transformers() -> None:
     """No bars and warnings between ours; what goes wrong is an exception all the same."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it counts its retries
 
 
 def load_checkpoint(name: str, precision: str = "float32"):
@@ -33,10 +39,7 @@ def load_checkpoint(name: str, precision: str = "float32"):
     attention softcap (Gemma 2) get eager attention: sdpa may drop the softcap.
     """
     quiet_transformers()
-    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise InputError(f"{name} does not exist: was it moved? Name a checkpoint folder")
-    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
-        raise InputError(f"{name} is no checkpoint: the folder has no config.json")
+    check_name(name)
     try:
         config = AutoConfig.from_pretrained(name)
         without_dropout(config)
@@ -54,7 +57,34 @@ def load_checkpoint(name: str, precision: str = "float32"):
         raise InputError(f"{name} is no checkpoint that can be loaded: {reason}") from error
     if loading["missing_keys"] or loading["mismatched_keys"]:
         raise InputError(f"{name} is no whole checkpoint: weights are missing")
+    known, rows = len(tokenizer), model.get_input_embeddings().weight.shape[0]
+    if known < rows / 2:  # transformers makes one up if its files are missing
+        raise InputError(
+            f"{name} has a tokenizer of {known} tokens for {rows} embeddings: copy the tokenizer's "
+            "files (tokenizer.json, tokenizer_config.json ..) of the model into it"
+        )
     return model.eval(), tokenizer
+
+
+def check_name(name: str) -> None:
+    """Raise InputError for what is no checkpoint folder; say when the hub is going to be asked."""
+    folder = Path(name)
+    if not folder.exists():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise InputError(f"{name} does not exist: was it moved? Name a checkpoint folder")
+        if not ranks.rank():
+            print(f"{name} is no folder here: asking the Hugging Face hub", file=sys.stderr)
+    elif not (folder / "config.json").exists() or (folder / "metrics.jsonl").exists():
+        inside = sorted(str(path.parent) for path in folder.glob("*/config.json"))
+        what = "the folder has no config.json" if folder.is_dir() else "it is a file"
+        hint = f"name one of its own, such as {', '.join(inside[-3:])}" if inside else what
+        raise InputError(f"{name} is no checkpoint: {hint}")
+
+
+def fingerprint(model) -> str:
+    """Tells checkpoints apart, by the first numbers of each weight; the same on every machine."""
+    parts = [weight.detach().flatten()[:256].float().cpu() for weight in model.parameters()]
+    return hashlib.blake2b(torch.cat(parts).numpy().tobytes(), digest_size=8).hexdigest()
 
 
 def without_dropout(config) -> None:
@@ -65,12 +95,22 @@ def without_dropout(config) -> None:
 
 
 def save_checkpoint(folder: Path, model, tokenizer) -> None:
-    """A plain save_pretrained folder; the one before is moved away when the new one is whole."""
+    """A plain save_pretrained folder; the one before is moved away when the new one is whole.
+
+    What else lies in the folder is kept.
+    """
     quiet_transformers()
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
+    try:
+        model.save_pretrained(part)
+    except SafetensorError as error:
+        raise OSError(errno.ENOSPC, str(error), str(part)) from error
     tokenizer.save_pretrained(part)
+    for path in folder.glob("*"):
+        if not (part / path.name).exists():
+            copy_it = shutil.copytree if path.is_dir() else shutil.copy2
+            copy_it(path, part / path.name)
     replace_folder(folder, part)
 
 

@@ -17,6 +17,7 @@ one is "sharded" over one rank. All ranks call each function here alike. Next to
 """
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -67,7 +68,12 @@ def process_group():
 def run_command(main) -> None:
     """Exit with main's status; of torchrun at once, since threads of torch may outlive Python."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # config.exit_early had another
-    status = main()
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # as with `| head`, nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE
     if dist.is_torchelastic_launched():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -217,10 +223,19 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def save_sharded(tensors: dict, folder: Path) -> None:
-    """Write a tree of tensors, each rank its shares."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a process may be alone
-        dcp.save(tensors, checkpoint_id=folder)
+    """Write a tree of tensors, each rank its shares; OSError if that cannot be."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a process may be alone
+            logging.disable()  # what goes wrong is told once
+            dcp.save(tensors, checkpoint_id=folder)
+    except dcp.api.CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise OSError(
+            getattr(cause, "errno", None) or errno.EIO, str(cause), str(folder)
+        ) from error
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def load_sharded(tensors: dict, folder: Path) -> None:

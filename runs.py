@@ -2,24 +2,28 @@
 
     runs/sums/  config.json     settings, versions, git commit
                 metrics.jsonl   one line a step
-                samples.txt     transcripts to read
+                samples.txt     transcripts to read; as data: episodes.jsonl
                 results.json    metrics of base and stages on held-out problems
                 base/  stage1/  stage2/     save_pretrained folders with their tokenizer
                 state/          weights, Adam and progress, for --resume
-                curve.png       drawn by `python eval.py --plot` (figures.py)
+                eval/           evaluations of the checkpoints, by eval.py
+                curve.png       drawn by `python eval.py --plot` (figures.py); report.html
 
 What a run needs is written beside its place and then moved there: a kill never leaves half of it.
-The two logs grow by a line per step; state/ remembers how long they were, and --resume cuts them
-back to that. Of many processes the first writes text, all write state/. Next to read: sample.py.
+The logs grow; state/ remembers how long they were, and --resume cuts them back to that. Of many
+processes the first writes text, all write state/. Next to read: sample.py.
 """
 
 import contextlib
+import errno
 import json
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,18 +32,28 @@ import transformers
 from tqdm import tqdm
 
 import ranks
-from config import Config, Stage, as_flag, check_settings, configure, plan_of
+from config import (
+    PATHS,
+    Config,
+    Stage,
+    as_flag,
+    check_settings,
+    configure,
+    plan_of,
+    with_absolute_paths,
+)
 from data import InputError
 from models import replace_folder
-from tasks import check_task, load_problems
+from tasks import ATTEMPT_FLAGS, check_task, find_task, load_problems
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-LOGS, RESULTS = ("metrics.jsonl", "samples.txt"), "results.json"
-BEGUN = {"base", RESULTS, "state"}  # what is written before config.json
+METRICS, SAMPLES, EPISODES = LOGS = "metrics.jsonl", "samples.txt", "episodes.jsonl"
+RESULTS = "results.json"
+BEGUN = {"base", RESULTS, "state", EPISODES}  # what is written before config.json
 
 
 @dataclass
@@ -50,14 +64,30 @@ class Run:
     lines: list[dict] = field(default_factory=list)
     results: dict[str, dict] = field(default_factory=dict)
     signal: int = 0  # that came: save and leave after this step
+    board: object = None  # TensorBoard's writer
 
-    def log(self, line: dict, samples: str = "") -> None:
-        """Append one step to metrics.jsonl, and text to samples.txt."""
+    def log(self, line: dict) -> None:
+        """Add one step to metrics.jsonl, and to TensorBoard if it is asked for."""
         self.lines.append(line)
-        if ranks.rank():
-            return
-        for name, text in zip(LOGS, (json.dumps(line) + "\n", samples), strict=True):
-            with (self.folder / name).open("a", encoding="utf-8") as file:
+        self.append(METRICS, json.dumps(line) + "\n")
+        if self.board:
+            parts = {"train": line, "held out": line.get("held_out", {})}
+            for part, values in parts.items():
+                for name, value in values.items():
+                    if isinstance(value, int | float):
+                        self.board.add_scalar(f"{part}/{name}", value, line["step"])
+            self.board.flush()
+
+    def open_board(self) -> None:
+        """Begin, or go on with, what TensorBoard reads."""
+        if not ranks.rank():
+            writer = tensorboard_writer()
+            self.board = writer(self.folder / "tensorboard", purge_step=len(self.lines))
+
+    def append(self, log: str, text: str) -> None:
+        """Add to a log; of many processes the first does."""
+        if text and not ranks.rank():
+            with (self.folder / log).open("a", encoding="utf-8") as file:
                 file.write(text)
 
     def write_results(self, name: str, metrics: dict) -> None:
@@ -72,6 +102,8 @@ class Run:
 
         def stop(number, _frame):
             self.signal = number
+            if not ranks.rank():  # not print: the signal may have come within one
+                os.write(2, b"\nstopping after this step; a second signal stops at once\n")
             if ranks.launcher() == "python":
                 signal.signal(number, signal.SIG_DFL)
 
@@ -88,6 +120,15 @@ class Progress:
     best: float = -1.0  # reward of the checkpoint kept, over the steps between two saves
     raised: list[str] = field(default_factory=list)  # alarms
     beta2: float = 0.0  # of the next step
+
+
+def tensorboard_writer():
+    """torch's SummaryWriter; InputError if TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError("--tensorboard 1 needs TensorBoard: pip install tensorboard") from error
+    return SummaryWriter
 
 
 # --- 1. Text files ---------------------------------------------------------------------------
@@ -111,12 +152,12 @@ def read_json(path: Path) -> dict:
         raise InputError(f"{path} is damaged and kept as it is: restore it") from error
 
 
-def read_metrics(path: Path, size: int | None = None) -> list[dict]:
-    """The lines of a metrics.jsonl, or of its first `size` bytes; a damaged line is named."""
+def read_log(path: Path, size: int | None = None) -> list[dict]:
+    """The whole lines of a log, or of its first `size` bytes; a damaged line is named."""
     if not path.exists():
         raise InputError(f"{path} is missing: name a run folder of score.py")
-    lines = []
-    for number, line in enumerate(path.read_bytes()[:size].splitlines(), start=1):
+    lines, (*whole, _being_written) = [], path.read_bytes()[:size].split(b"\n")
+    for number, line in enumerate(whole, start=1):
         try:
             lines.append(dict(json.loads(line)))
         except (ValueError, TypeError) as error:
@@ -124,19 +165,41 @@ def read_metrics(path: Path, size: int | None = None) -> list[dict]:
     return lines
 
 
+def as_words(flags: dict) -> str:
+    """Flags that are not empty, as they are typed in a shell."""
+    given = {as_flag(name): str(value) for name, value in flags.items() if value != ""}
+    return "".join(f" {name} {shlex.quote(value)}" for name, value in given.items())
+
+
 def train_command(cfg: Config, flags: str) -> str:
     """The command that goes on with a run."""
-    out = "" if cfg.out == Config.out else f" --out {cfg.out}"
-    return f"{ranks.launcher()} score.py {flags}{out}"
+    out = "" if cfg.out == Config.out else cfg.out
+    return f"{ranks.launcher()} score.py {flags}{as_words({'out': out})}"
 
 
 def eval_command(cfg: Config, checkpoint: str) -> str:
     """The command that evaluates a checkpoint of a finished run."""
-    task = "" if cfg.task == "sums" else f" --task {cfg.task}"
-    task += f" --data {cfg.data}" if cfg.data else ""
-    task += f" --attempts {cfg.attempts}" if cfg.attempts > 2 else ""
-    command = f"{ranks.launcher()} eval.py --model {cfg.out}/{checkpoint}{task}"
-    return f"{command}, or python eval.py --plot {cfg.out}"
+    flags = {"model": f"{cfg.out}/{checkpoint}", "task": "" if cfg.task == "sums" else cfg.task}
+    flags |= {name: getattr(cfg, name) for name in ("data", "columns", "prompt", "correction")}
+    usual = {name: getattr(find_task(cfg.task), name) for name in ATTEMPT_FLAGS} | {"attempts": 2}
+    flags |= {name: value for name in usual if (value := getattr(cfg, name)) != usual[name]}
+    return f"{ranks.launcher()} eval.py{as_words(flags)}"
+
+
+@contextlib.contextmanager
+def disk_errors_explained():
+    """Say in one sentence what file cannot be written, and that what was saved is kept."""
+    kinds = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {*kinds, errno.EIO}:
+            raise
+        where = f"{error.filename} " if error.filename else ""
+        raise InputError(
+            f"{where}cannot be written ({error.strerror}): make room or name another --out; "
+            "what was saved before is kept"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -166,11 +229,13 @@ def lock_folder(folder: Path) -> int | None:
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
         if fcntl is None:
             return None
         lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise InputError(f"--out {folder} cannot be a folder: {error.strerror}") from error
+        reason = error.strerror
+        raise InputError(f"--out {folder} cannot be written ({reason}): name another") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -184,8 +249,8 @@ def settings_to_follow(folder: Path, typed: dict, stages: dict[str, Stage]) -> d
     """{} for a new run, the settings of Stage I for a Stage II after it; InputError for others."""
     first, *others = plan_of(configure(typed).stage, stages)
     settings = read_json(folder / "config.json").get("settings")
-    if not (folder / "metrics.jsonl").exists():
-        found = {path.name.removesuffix(".part") for path in folder.glob("*")}
+    if not (folder / METRICS).exists():
+        found = {path.name.partition(".part")[0].partition(".old")[0] for path in folder.glob("*")}
         if settings is None and not found <= BEGUN:  # a run that was killed while it began is BEGUN
             raise InputError(f"--out {folder} holds something else than a run: name a new folder")
         return {}
@@ -199,11 +264,18 @@ def settings_to_follow(folder: Path, typed: dict, stages: dict[str, Stage]) -> d
             f"--out {folder} holds a run already: go on with it by --resume if it was "
             "interrupted, or begin a new one with another --out, maybe from a checkpoint by --init"
         )
+    check_version(settings, folder)
     for name in ("model", "task"):
-        if typed.get(name, settings[name]) != settings[name]:
+        if with_absolute_paths(typed).get(name, settings[name]) != settings[name]:
             raise InputError(f"--{name} must stay that of the run in {folder}: leave it out")
     settings["out"] = str(folder)  # it may have been moved
     return {name: value for name, value in settings.items() if name not in ("stage", "init")}
+
+
+def check_version(settings: dict, folder: Path) -> None:
+    """Raise InputError for settings that are not those of this version."""
+    if set(settings) != set(vars(Config())):
+        raise InputError(f"{folder}/config.json is of another version of score.py: use that one")
 
 
 def base_in(folder: Path, model: str) -> str:
@@ -213,15 +285,19 @@ def base_in(folder: Path, model: str) -> str:
 
 def prepare_run(typed: dict, stages: dict[str, Stage]) -> tuple:
     """Settings, plan, run, checkpoint to start from, and whether the folder has the same base."""
-    folder = Path(configure(typed).out)
+    first = configure(typed)
+    folder, plan = Path(first.out), plan_of(first.stage, stages)
+    earlier = read_json(folder / "config.json").get("settings", {})
+    follows = {n: earlier[n] for n in vars(first) if plan[0].follows and n in earlier}
+    check_settings(configure(follows | {"init": "", "stage": first.stage} | typed), plan)
     followed = settings_to_follow(folder, typed, stages)
-    cfg, run = configure({**followed, **typed}), Run(folder)
-    plan = plan_of(cfg.stage, stages)
-    check_settings(cfg, plan)
-    load_problems(cfg.task, "train", 1, cfg.data, cfg.ids)  # before models take their time
+    cfg, run = configure(with_absolute_paths({**followed, **typed})), Run(folder)
+    if cfg.tensorboard:
+        tensorboard_writer()
+    load_problems(cfg.task, "train", 1, cfg.data, cfg.ids, cfg.columns)  # models take their time
     init = cfg.init
     if followed:
-        run.lines = read_metrics(folder / "metrics.jsonl")
+        run.lines = read_log(folder / METRICS)
         run.results = read_json(folder / RESULTS)
         init = init or str(folder / list(run.results)[-1])
     elif plan[0].follows and not init:
@@ -229,34 +305,78 @@ def prepare_run(typed: dict, stages: dict[str, Stage]) -> tuple:
             f"--stage {cfg.stage} goes on from a stage {plan[0].follows}, and --out {cfg.out} has "
             f"none: run --stage {plan[0].follows} first, or name a checkpoint with --init"
         )
-    earlier = read_json(folder / "config.json").get("settings", {})
     return cfg, plan, run, init, bool(followed) or earlier.get("seed") == cfg.seed
 
 
 def reopen_run(typed: dict, stages: dict[str, Stage]) -> tuple:
-    """Settings, plan and run in --out, and where it stood when it was last saved."""
+    """Settings, plan and run in --out, and where it stood when it was last saved.
+
+    More steps may be typed than it had, and a file or folder anew that is no longer where it was.
+    """
     folder = Path(configure(typed).out)
-    settings = read_json(folder / "config.json").get("settings")
+    record = read_json(folder / "config.json")
+    settings, typed = record.get("settings"), with_absolute_paths(typed)
     if settings is None:
         raise InputError(f"--out {folder} holds no run to resume: leave out --resume to begin one")
-    for name in sorted(set(typed) - {"resume", "out"}):
-        if typed[name] != settings.get(name):
+    check_version(settings, folder)
+    for name in sorted(set(typed) - {"resume", "out", "steps1", "steps2"}):
+        before = settings[name]
+        moved = name in (*PATHS, "task") and os.path.isabs(before) and not os.path.exists(before)
+        if typed[name] != before and not moved:
             raise InputError(
-                f"{as_flag(name)} {typed[name]} differs from the run's {settings.get(name)}: "
+                f"{as_flag(name)} {typed[name]} differs from the run's {before}: "
                 "--resume goes on with a run as it was, so leave the flag out"
             )
-    if set(settings) != set(vars(configure(typed))):
-        raise InputError(f"{folder}/config.json is of another version of score.py: use that one")
-    cfg = configure({**settings, "out": str(folder)})
-    check_task(cfg.task)
+    cfg = configure({**settings, **typed, "out": str(folder), "resume": False})
+    check_task(cfg.task, data=cfg.data, columns=cfg.columns)
     run, where = read_run(folder)
     if (begun := where["stage"]) != cfg.stage:
         raise InputError(f"--stage {begun} in {folder} was killed as it began: type it again")
-    return cfg, plan_of(cfg.stage, stages), run, where
+    plan = plan_of(cfg.stage, stages)
+    check_settings(cfg, plan)
+    check_more_steps(settings, cfg, plan, where["progress"])
+    return cfg, plan, run, where, record.get("base")
 
 
-def write_config(run: Run, settings: dict) -> None:
-    """config.json: all that is needed to do the run again, and the commands before."""
+def check_more_steps(settings: dict, cfg: Config, plan: list[Stage], progress: dict) -> None:
+    """Raise InputError for --steps1 or --steps2 that no stage can have that is under way."""
+    left = plan[progress["index"] :]
+    for name in ("steps1", "steps2"):
+        steps, before = getattr(cfg, name), settings[name]
+        if steps == before:
+            continue
+        if all(stage.steps != name for stage in left):
+            raise InputError(f"--{name} {steps}: its stage is over, and has had {before} steps")
+        if left[0].steps == name and steps < progress["step"]:
+            done = progress["step"]
+            raise InputError(f"--{name} {steps} is less than the {done} steps that were made")
+
+
+def is_finished(cfg: Config, plan: list[Stage], run: Run, progress: Progress) -> bool:
+    """Is the last stage at its last step, and evaluated?"""
+    at_the_end = progress.index == len(plan) - 1 and plan[-1].folder in run.results
+    return at_the_end and progress.step == getattr(cfg, plan[-1].steps)
+
+
+def check_space(folder: Path, weights: int, size: int, stages: int, states: int) -> None:
+    """Raise InputError if there is no room for what a run writes.
+
+    weights: their number; size: bytes of one in a checkpoint, of which there are `stages` and one
+    that is being written; states: folders with 12 bytes a weight, float32 weights and Adam's means.
+    """
+    needed = weights * (size * (stages + 1) + 12 * states)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        needed, free = (f"{number / 1e9:.1f} GB" for number in (needed, free))
+        raise InputError(f"--out {folder} needs {needed}, and {free} are free: name another")
+
+
+def write_config(run: Run, cfg: Config, typed: dict, base: str) -> None:
+    """config.json: all that is needed to do the run again, and the commands before.
+
+    settings: with absolute paths; typed: flags as they were typed; base: its models.fingerprint.
+    """
+    settings = vars(cfg) | {"out": os.path.abspath(cfg.out)}
     earlier = read_json(run.folder / "config.json")
     here = Path(__file__).parent
     git = ["git", "-C", str(here), "rev-parse", "HEAD"]
@@ -264,7 +384,8 @@ def write_config(run: Run, settings: dict) -> None:
     versions = {"python": platform.python_version()}
     versions |= {module.__name__: module.__version__ for module in (torch, transformers)}
     before = [*earlier.pop("earlier", []), earlier] if earlier else []
-    record = {"settings": settings, "versions": versions, "commit": commit, "earlier": before}
+    record = {"settings": settings, "typed": typed, "base": base, "versions": versions}
+    record |= {"commit": commit, "earlier": before}
     write_atomically(run.folder / "config.json", json.dumps(record, indent=2))
 
 
@@ -315,8 +436,8 @@ def read_run(folder: Path) -> tuple[Run, dict]:
     run = Run(folder, results=read_json(folder / RESULTS))
     if "base, sampled" not in run.results:
         raise InputError(f"{folder / RESULTS} is damaged or missing: restore it")
-    if sizes["metrics.jsonl"]:
-        run.lines = read_metrics(folder / "metrics.jsonl", sizes["metrics.jsonl"])
+    if sizes[METRICS]:
+        run.lines = read_log(folder / METRICS, sizes[METRICS])
     return run, where
 
 
@@ -331,7 +452,7 @@ def read_state(run: Run, tensors: dict, where: dict) -> None:
 # --- 3. Alarms ---------------------------------------------------------------------------------
 
 ALARM_STEPS = 50  # an alarm looks at the mean of so many steps
-ALARM_METRICS = ("acc_t1", "acc_t2", "copied", "cut_off", "kl_t1", "kl_t2")
+ALARM_METRICS = "acc_t1 acc_t2 copied cut_off unreadable kl_t1 kl_t2".split()
 
 
 def raise_alarms(lines: list[dict], base: dict, progress: Progress, fresh: bool) -> list[str]:
@@ -343,9 +464,11 @@ def raise_alarms(lines: list[dict], base: dict, progress: Progress, fresh: bool)
     full = len(window) == ALARM_STEPS
     mean = {key: sum(line[key] for line in window) / len(window) for key in ALARM_METRICS}
     fell = mean["acc_t1"] < base["acc_t1"] - 0.05 and mean["acc_t2"] > base["acc_t2"]
-    collapsed = mean["copied"] > max(0.95, base["copied"])
+    unpaid = mean["acc_t1"] + mean["acc_t2"] == 0 or mean["unreadable"] > 0.95
+    collapsed = mean["copied"] > max(0.95, base["copied"]) and not unpaid
     moved = fresh and len(lines) == 1 and mean["kl_t1"] + mean["kl_t2"] > 1e-3
     alarms = {
+        "no reward: hardly an attempt states an answer, or none is right": full and unpaid,
         "collapse: over 95 % of the answers are copied": full and collapsed,
         "sabotage: acc@t1 fell 5 points below the base while acc@t2 rose": full and fell,
         "cut off: over 10 % of attempts, raise --max-new-tokens": full and mean["cut_off"] > 0.1,

@@ -30,6 +30,7 @@ so the ratio is 1), dividing by length or by the spread of rewards (it would can
 no learning curve: only its gradient means something. Next to read: config.py.
 """
 
+import json
 import signal
 import sys
 import time
@@ -53,8 +54,16 @@ import models
 import ranks
 import runs
 from data import InputError, Problem
-from learner import Learner, enter_stage, leave_stage, open_training, save_training
-from metrics import as_table, as_text, measure
+from learner import (
+    Learner,
+    enter_stage,
+    held_out,
+    leave_stage,
+    open_training,
+    save_training,
+    write_held_out,
+)
+from metrics import as_record, as_table, as_text, measure
 from runs import Progress, Run
 from sample import Episode, Sampling, collate, pick, rollout, transcript
 from sft import pair_traces, star_traces
@@ -169,6 +178,19 @@ def single_turn_objective(y1: AttemptBatch, beta1: float) -> torch.Tensor:
 def likelihood_objective(y2: AttemptBatch) -> torch.Tensor:
     """log π(y2 | x2) of traces with a right y2: STaR and Pair-SFT (sft.py); (B,)."""
     return y2.logp.sum(dim=1)
+
+
+def multipliers(stage: Stage, r: torch.Tensor, baseline: torch.Tensor, cfg: Config) -> torch.Tensor:
+    """What the log-prob of each token of an attempt is multiplied by, KL aside; (B, attempts).
+
+    It is the derivative of the objective, for episodes of these rewards and baselines.
+    """
+    assert r.dim() == 2 and r.shape == baseline.shape
+    logp = [torch.zeros(len(r), 1, requires_grad=True) for _ in r[0]]
+    columns = zip(r.unbind(dim=1), baseline.unbind(dim=1), logp, strict=True)
+    y = [AttemptBatch(*column, kl=torch.zeros(len(r), 1)) for column in columns]
+    stage.objective(y, cfg).sum().backward()
+    return torch.cat([torch.zeros_like(x) if x.grad is None else x.grad for x in logp], dim=1)
 
 
 # --- 5. The table of stages ----------------------------------------------------------------------
@@ -337,11 +359,13 @@ def train(learner: Learner, run: Run, progress: Progress) -> None:
                     run.signal = told
                     return
         episodes, metrics = leave_stage(learner, run.folder / stage.folder)
+        write_held_out(run, stage.folder, episodes)
         run.write_results(stage.folder, metrics)
         print(first_correction(episodes, stage.folder))
         progress.index, progress.step, progress.best = progress.index + 1, 0, -1.0
         progress.beta2 = cfg.beta2
-        save_training(learner, run, progress)
+        if progress.index < len(learner.plan):  # else the last step stays saved, to train longer
+            save_training(learner, run, progress)
 
 
 def first_correction(episodes: list[Episode], name: str) -> str:
@@ -370,11 +394,29 @@ def one_step(learner: Learner, run: Run, progress: Progress, stage: Stage) -> di
     if stage.sampler == "policy":  # they are about the policy that learns
         lines, base = [*run.lines, line], run.results["base, sampled"]
         line["alarms"] = runs.raise_alarms(lines, base, progress, fresh=not cfg.init)
+    if cfg.eval_every and (number + 1) % cfg.eval_every == 0:
+        line["held_out"] = held_out(learner, learner.policy, temperature=0.0)[1]
     line["seconds"] = time.perf_counter() - began
-    shown = episodes[:: cfg.k][:4] if number % cfg.show_every == 0 else []
-    title = f"step {number}, stage {stage.name}\n\n" if shown else ""
-    run.log(line, title + "".join(map(as_text, shown)))
+    run.log(line)
+    if number % cfg.show_every == 0:
+        show(run, episodes, stage, cfg)
     return line
+
+
+def show(run: Run, episodes: list[Episode], stage: Stage, cfg: Config) -> None:
+    """Add the first episode of four problems to samples.txt and episodes.jsonl."""
+    step, shown = run.lines[-1]["step"], range(0, min(len(episodes), 4 * cfg.k), cfg.k)
+    texts = [as_text(episodes[i]) for i in shown]
+    run.append(runs.SAMPLES, f"step {step}, stage {stage.name}\n\n{''.join(texts)}")
+    weights = [()] * len(episodes)
+    if stage.learns_from is None:
+        r = torch.tensor([[y.reward for y in episode.attempts] for episode in episodes])
+        baseline = torch.stack([leave_one_out(one, cfg.k) for one in r.unbind(dim=1)], dim=1)
+        weights = multipliers(stage, r, baseline, cfg).tolist()
+    for i in shown:
+        of_row = [None, *weights[i][1:]] if episodes[i].offline else weights[i]
+        record = as_record(episodes[i], "training", of_row, stage=stage.title, step=step)
+        run.append(runs.EPISODES, json.dumps(record) + "\n")
 
 
 def sample(learner: Learner, problems: list[Problem], stage: Stage, seed: str) -> list[Episode]:
@@ -433,7 +475,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with ranks.process_group():
             typed = ranks.on_all_ranks(parse_train_flags, __doc__, argv)
-            with runs.locked(Path(configure(typed).out)):
+            cfg = ranks.on_all_ranks(configure, typed)
+            with runs.locked(Path(cfg.out)), runs.disk_errors_explained():
                 return start_or_resume(typed)
     except InputError as error:
         print(f"score.py: {error}", file=sys.stderr)
@@ -448,6 +491,8 @@ def start_or_resume(typed: dict) -> int:
     began = time.perf_counter()
     learner, run, progress = open_training(typed, STAGES)
     run.stop_on_signals()
+    if learner.cfg.tensorboard:
+        run.open_board()
     train(learner, run, progress)
     cfg, plan = learner.cfg, learner.plan
     if progress.index < len(plan):
@@ -457,6 +502,7 @@ def start_or_resume(typed: dict) -> int:
     table = as_table({name: row for name, row in run.results.items() if name != "base, sampled"})
     print(f"done in {time.perf_counter() - began:.0f} s; greedy on held-out problems:\n{table}")
     command = runs.eval_command(cfg, plan[-1].folder)
+    command += f", or python eval.py{runs.as_words({'report': cfg.out})}"
     if len(plan) == 1:  # is there a stage that goes on from it?
         following = [stage.name for stage in STAGES.values() if stage.follows == plan[0].name]
         command = runs.train_command(cfg, f"--stage {following[0]}") if following else command

@@ -8,15 +8,29 @@ SCoRe asks twice. Everything is joined as tokens, never by decoding and tokenisi
     x2 = x1 + y1 + p1                       the second prompt
     y2 = [...] + end token                  attempt 2, sampled
 
-All that a task is stands in one entry of TASKS: its problems, its words, its reward, and what it
-sets in score.py and eval.py. The prompts are the paper's (appendix C). Next to read: data.py.
+All that a task is stands in one entry of TASKS, or in a Python file of your own (`--task FILE`):
+its problems, its words, its reward, and what it sets in score.py and eval.py. The prompts are the
+paper's (appendix C). Next to read: data.py.
 """
 
+import os
+import runpy
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
 
 import rewards
-from data import InputError, Problem, code_problems, math_problems, sums_problems
+from data import (
+    InputError,
+    Problem,
+    code_problems,
+    math_problems,
+    own_problems,
+    read_text,
+    sums_problems,
+)
 
 # --- 1. Tasks ------------------------------------------------------------------------------------
 
@@ -114,7 +128,7 @@ class Task:
     """A task: problems, prompts, reward, and the flags of score.py and eval.py that it sets.
 
     load(split, count): the first `count` problems of "train" or of one of `splits`, always in the
-    same order; their `task` is the task's name. It has a parameter for each flag that it `takes`.
+    same order (count None: all). It has a parameter for each flag that it `takes`.
     first(problem): the first prompt; again: the second. states(attempt, problem): what it answers,
     None if that cannot be found; keeps: a reply that stands for the answer of the attempt before.
     rewards(answers, problems): 1.0 or 0.0 for each of those answers; same(answer, answer). feedback
@@ -133,7 +147,7 @@ class Task:
     rows: int
     training: dict = field(default_factory=dict)
     splits: tuple[str, ...] = ("test",)  # held out
-    takes: tuple[str, ...] = ()  # flags that only some tasks have: data, ids
+    takes: tuple[str, ...] = ()  # flags that only some tasks have: data, columns, ids
     keeps: str = ""
     cue: str = ""  # what a base model, without a chat template, continues
     feedback: str = ""
@@ -156,8 +170,33 @@ def first_code(problem: Problem) -> str:
     return f"{MBPP_SHOTS}{CODE_TASK} {problem.question}\n\n[BEGIN]"
 
 
+def ask_math(problem: Problem) -> str:
+    """NOT STATED: where the question stands, and whether as a system or a user message."""
+    return f"{MATH_PROMPT}\n\nProblem: {problem.question}"
+
+
 GEMMA = {"model": "google/gemma-2-2b-it", "k": 4, "micro_tokens": 8192, "recompute": 1}
 GEMMA |= {"beta1": 0.01}  # Table 8
+MATH = Task(
+    load=lambda split, count, data: math_problems(data)[split][:count],
+    first=ask_math,
+    again=MATH_CORRECTION,
+    states=lambda attempt, _: rewards.final_answer(attempt),
+    rewards=each(lambda answer, p: rewards.is_right(answer, p.answer, p.question)),
+    same=rewards.same_answer,
+    problems=500,
+    max_new_tokens=1024,  # NOT STATED
+    precision="bfloat16",
+    rows=64,
+    training={  # steps1 + steps2, batch, lr: Table 8; the split and the others NOT STATED
+        **GEMMA,
+        **{"out": "runs/math", "steps1": 1500, "steps2": 1500, "batch": 512, "lr": 5e-6},
+    },
+    takes=("data",),
+    cue="\n\nSolution:",
+    feedback=MATH_FEEDBACK,
+    refine=MATH_REFINE,
+)
 TASKS = {
     "sums": Task(
         load=sums_problems,
@@ -172,26 +211,12 @@ TASKS = {
         precision="float32",
         rows=500,
     ),
-    "math": Task(
-        load=lambda split, count, data: math_problems(data)[split][:count],
-        # NOT STATED: where the question stands, and whether as a system or a user message.
-        first=lambda problem: f"{MATH_PROMPT}\n\nProblem: {problem.question}",
-        again=MATH_CORRECTION,
-        states=lambda attempt, _: rewards.final_answer(attempt),
-        rewards=each(lambda answer, p: rewards.is_right(answer, p.answer, p.question)),
-        same=rewards.same_answer,
-        problems=500,
-        max_new_tokens=1024,  # NOT STATED
-        precision="bfloat16",
-        rows=64,
-        training={  # steps1 + steps2, batch, lr: Table 8; the split and the others NOT STATED
-            **GEMMA,
-            **{"out": "runs/math", "steps1": 1500, "steps2": 1500, "batch": 512, "lr": 5e-6},
-        },
-        takes=("data",),
-        cue="\n\nSolution:",
-        feedback=MATH_FEEDBACK,
-        refine=MATH_REFINE,
+    "math": MATH,
+    "answers": replace(  # your own questions, judged as MATH's are
+        MATH,
+        load=lambda split, count, data, columns: own_problems(data, columns)[split][:count],
+        training={**MATH.training, "out": "runs/answers"},
+        takes=("data", "columns"),
     ),
     "code": Task(
         load=lambda split, count, data, ids: code_problems(split, data, ids)[:count],
@@ -218,52 +243,96 @@ TASKS = {
 }
 
 
+def find_task(task: str) -> Task:
+    """The task of that name, or of a Python file with one TASK = Task(..); else InputError."""
+    if task in TASKS:
+        return TASKS[task]
+    if not task.endswith(".py"):
+        known = ", ".join(TASKS)
+        raise InputError(f"--task {task} is unknown: choose {known}, or a file such as my_task.py")
+    return run_task_file(os.path.abspath(task))
+
+
+@cache
+def run_task_file(path: str) -> Task:
+    """The TASK of a Python file, which may import what is beside it."""
+    if not os.path.exists(path):
+        raise InputError(f"--task {path} does not exist: name a Python file with TASK = Task(..)")
+    sys.path.append(os.path.dirname(path))
+    try:
+        task = runpy.run_path(path).get("TASK")
+    except Exception as error:  # whatever the file does
+        raise InputError(f"--task {path} cannot be run ({error!r}): mend it") from error
+    if not isinstance(task, Task):
+        raise InputError(f"--task {path} has no TASK = Task(..): add it, see README.md")
+    return task
+
+
 def load_problems(
-    task: str, split: str, count: int | None = None, data: str = "", ids: str = ""
+    task: str,
+    split: str,
+    count: int | None = None,
+    data: str = "",
+    ids: str = "",
+    columns: str = "",
 ) -> tuple[Problem, ...]:
     """Problems of a task's "train" split or of one that is held out, always in the same order.
 
-    data: folder of the task's files, "" for the hub; ids: of MBPP's problems to train on. Raises
-    InputError where there is nothing to read.
+    data: folder of the task's files, "" for the hub; ids: of MBPP's problems to train on; columns:
+    of question and answer in own files. Raises InputError where there is nothing to read.
     """
-    check_task(task, data=data, ids=ids)
-    flags = {"data": data, "ids": ids or TASKS[task].training.get("ids", "")}
-    return TASKS[task].load(split, count, **{name: flags[name] for name in TASKS[task].takes})
+    check_task(task, data=data, ids=ids, columns=columns)
+    known = find_task(task)
+    ids = ids or known.training.get("ids", "")
+    flags = {"data": data, "ids": ids, "columns": columns or "question,answer"}
+    try:
+        problems = known.load(split, count, **{name: flags[name] for name in known.takes})
+    except Exception as error:
+        if task in TASKS or isinstance(error, InputError):
+            raise
+        raise InputError(f"--task {task}: load({split!r}, {count}) fails: {error!r}") from error
+    if not problems:
+        raise InputError(f"--task {task} has no problem in {split}: mend it")
+    return tuple(replace(p, task=task, id=p.id or p.question) for p in problems)
 
 
 def check_task(task: str, **flags: str) -> None:
     """Raise InputError for a task that there is not, or one that does not take one of the flags."""
-    if task not in TASKS:
-        raise InputError(f"--task {task} is unknown: choose {' or '.join(TASKS)}")
+    takes = find_task(task).takes
     for flag, value in flags.items():
-        if value and flag not in TASKS[task].takes:
+        if value and flag not in takes:
             takers = " or ".join(name for name in TASKS if flag in TASKS[name].takes)
             raise InputError(f"--{flag} {value} is for --task {takers}: leave out --{flag}")
 
 
 def settings_of(task: str) -> dict:
-    """The flags of score.py that a task sets, {} for an unknown one."""
-    if task not in TASKS:
-        return {}
-    shared = {name: getattr(TASKS[task], name) for name in ATTEMPT_FLAGS}
-    return shared | TASKS[task].training
+    """The flags of score.py that a task sets."""
+    known = find_task(task)
+    return {name: getattr(known, name) for name in ATTEMPT_FLAGS} | known.training
 
 
 def stated_answer(attempt: str, before: str | None, problem: Problem) -> str | None:
     """The answer an attempt states, or None; before: that of the attempt before it."""
-    task = TASKS[problem.task]
+    task = find_task(problem.task)
     return before if task.keeps and attempt == task.keeps else task.states(attempt, problem)
 
 
 def judge(attempts: list[str], before: list[str | None], problems: list[Problem]):
-    """What attempts at problems of one task state, and their rewards; before: as above, of each."""
+    """What attempts at problems of one task state, and their rewards; before: as above, of each.
+
+    The rewards of an unknown true answer (None) are 0.
+    """
     stated = [stated_answer(*each) for each in zip(attempts, before, problems, strict=True)]
-    return stated, TASKS[problems[0].task].rewards(stated, problems)
+    if problems[0].answer is None:
+        return stated, [0.0] * len(stated)
+    rewards_of = find_task(problems[0].task).rewards(stated, problems)
+    assert len(rewards_of) == len(stated), "a task's rewards are to be one for each answer"
+    return stated, rewards_of
 
 
 def agree(one: str | None, two: str | None, task: str) -> bool:
     """Are two stated answers the same?"""
-    return None not in (one, two) and (one == two or TASKS[task].same(one, two))
+    return None not in (one, two) and (one == two or find_task(task).same(one, two))
 
 
 # --- 2. Prompts as token ids -----------------------------------------------------------------
@@ -290,6 +359,7 @@ class Chat:
     end_ids: tuple[int, ...]
     close_id: int
     p2: list[int] | None = None
+    prompt: str = ""  # the first prompt, if it is not the task's
 
     def after(self, number: int) -> list[int]:
         """What asks again after attempt `number`."""
@@ -302,8 +372,9 @@ class Chat:
 
     def x1(self, problem: Problem) -> list[int]:
         """The first prompt's token ids; the template writes the one BOS."""
-        question = TASKS[problem.task].first(problem)
-        text = _render(self.tokenizer, [{"role": "user", "content": question}])
+        asked = self.prompt.replace("{question}", problem.question)
+        asked = asked or find_task(problem.task).first(problem)
+        text = _render(self.tokenizer, [{"role": "user", "content": asked}])
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def text(self, tokens: list[int]) -> str:
@@ -316,27 +387,39 @@ def _render(tokenizer, messages: list[dict]) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def refining(tokenizer, model, task: str) -> Chat:
+def refining(tokenizer, model, task: str, prompt: str = "") -> Chat:
     """The Chat of Self-Refine: attempt 1, then feedback on it, and then attempt 2."""
-    known = TASKS[task]
+    known = find_task(task)
     feedback, refine = known.feedback or known.again, known.refine or known.again
     p2 = read_chat(tokenizer, model, task, refine).p1
-    return replace(read_chat(tokenizer, model, task, feedback), p2=p2)
+    return replace(read_chat(tokenizer, model, task, feedback, prompt), p2=p2)
 
 
-def read_chat(tokenizer, model, task: str, again: str = "") -> Chat:
+def read_words(flag: str, path: str) -> str:
+    """What a file of --prompt or --correction says, "" for no file; a prompt has {question}."""
+    if not path:
+        return ""
+    text = read_text(Path(path)).strip()
+    if not text:
+        raise InputError(f"{flag} {path} is empty: write the words into it")
+    if flag == "--prompt" and "{question}" not in text:
+        text += "\n\n{question}"
+    return text
+
+
+def read_chat(tokenizer, model, task: str, again: str = "", prompt: str = "") -> Chat:
     """The Chat of a model: p1 and the end tokens, read from template and configs together.
 
-    again: the words of p1, if they are not the task's. A tokenizer without a chat template gets
+    again, prompt: words, if they are not the task's. A tokenizer without a chat template gets
     COMPLETION_TEMPLATE. Raises InputError if there is no token that could end an attempt.
     """
-    completion = COMPLETION_TEMPLATE.replace("CUE", TASKS[task].cue)
+    completion = COMPLETION_TEMPLATE.replace("CUE", find_task(task).cue)
     tokenizer.chat_template = tokenizer.chat_template or completion
     marker = "ATTEMPT"
     messages = [
         {"role": "user", "content": "QUESTION"},
         {"role": "assistant", "content": marker},
-        {"role": "user", "content": again or TASKS[task].again},
+        {"role": "user", "content": again or find_task(task).again},
     ]
     after = _render(tokenizer, messages).partition(marker)[2]
     ids = tokenizer(after, add_special_tokens=False).input_ids
@@ -348,4 +431,5 @@ def read_chat(tokenizer, model, task: str, again: str = "") -> Chat:
             f"{tokenizer.name_or_path} has no end token: its chat template must close an answer "
             "with one, or its tokenizer name an eos_token"
         )
-    return Chat(tokenizer, ids[1:], tuple(sorted(end_ids | {ids[0]})), ids[0])
+    end_ids = tuple(sorted(end_ids | {ids[0]}))
+    return Chat(tokenizer, ids[1:], end_ids, ids[0], prompt=prompt)

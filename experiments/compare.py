@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import ranks  # noqa: E402
-from runs import read_metrics  # noqa: E402
+from runs import read_log  # noqa: E402
 
 SMALL = "--seed 3 --steps1 20 --steps2 10 --problems 200"
 RUNS = {
@@ -43,9 +43,9 @@ def train(checkout: Path, flags: str, out: Path) -> None:
 
 def contents(run: Path) -> dict:
     """All that a run has made, by name: text as values, weights as tensors."""
-    lines = read_metrics(run / "metrics.jsonl")
+    lines = read_log(run / "metrics.jsonl")
     found = {f"step {line['step']}": {**line, "seconds": 0} for line in lines}
-    for name in ("samples.txt", "results.json"):
+    for name in ("samples.txt", "episodes.jsonl", "results.json"):
         found[name] = (run / name).read_text("utf-8")
     for path in sorted(run.glob("*/model.safetensors")):
         found |= {f"{path.parent.name}: {name}": x for name, x in load_file(path).items()}

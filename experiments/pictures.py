@@ -16,11 +16,13 @@ from statistics import mean
 
 import torch
 
+import score
+from config import Config
 from data import read_jsonl
 from figures import BINS, canvas, draw_levels, label_votes, levels_of, smoothed, write_picture
 from metrics import edit_ratio
-from runs import read_json, read_metrics
-from score import AttemptBatch, stage1_objective, stage2_objective
+from runs import read_json, read_log
+from score import STAGES
 
 NAMES = {
     "base": "base",
@@ -68,7 +70,7 @@ def over_seeds(axis, x, curves: list[list[float]], label: str, color: str, line=
 
 def in_training(folders: list[Path], name: str) -> tuple[list[int], list[list[dict]], int]:
     """Steps and metrics of a method in training, by seed, and where its last stage begins."""
-    lines = [read_metrics(folder / name / "metrics.jsonl") for folder in folders]
+    lines = [read_log(folder / name / "metrics.jsonl") for folder in folders]
     start = next(i for i, line in enumerate(lines[0]) if line["stage"] == lines[0][-1]["stage"])
     return [line["step"] for line in lines[0]], lines, start
 
@@ -106,29 +108,18 @@ def draw_curves(folders: list[Path]):
 # --- 1. What each token is multiplied by ---------------------------------------------------------
 
 
-def multipliers(stage: int, r1: float, r2: float, tokens: int = 3) -> list[list[float]]:
-    """The derivative of the objective by each log-prob of y1 and of y2, without KL.
-
-    Half of the siblings are right at both attempts.
-    """
-    logp = [torch.full((1, tokens), -1.0, requires_grad=True) for _ in range(2)]
-    none = torch.zeros(1, tokens)
-    y = [
-        AttemptBatch(torch.tensor([r]), torch.tensor([0.5]), own, none)
-        for r, own in zip((r1, r2), logp, strict=True)
-    ]
-    if stage == 1:
-        objective = stage1_objective(y, beta1=0.0, beta2=0.0)
-    else:
-        objective = stage2_objective(y, beta1=0.0, alpha=10.0)
-    return [gradient[0].tolist() for gradient in torch.autograd.grad(objective.sum(), logp)]
+def multipliers(stage: str, r1: float, r2: float, tokens: int = 3) -> list[list[float]]:
+    """score.multipliers for each token of y1 and y2; half of the siblings are right at both."""
+    r = torch.tensor([[r1, r2]])
+    of_y = score.multipliers(STAGES[stage], r, torch.full_like(r, 0.5), Config())[0]
+    return [[factor] * tokens for factor in of_y.tolist()]
 
 
 def draw_multipliers():
     figure, axes = canvas(2, 1, (8, 4.6))
     words = {1.0: "right", 0.0: "wrong"}
     cases = [(0.0, 1.0), (1.0, 1.0), (0.0, 0.0), (1.0, 0.0)]
-    for axis, stage, title in zip(axes, (1, 2), ("Stage I", "Stage II, α = 10"), strict=True):
+    for axis, stage, title in zip(axes, ("1", "2"), ("Stage I", "Stage II, α = 10"), strict=True):
         rows = []
         for r1, r2 in cases:
             y1, y2 = multipliers(stage, r1, r2)

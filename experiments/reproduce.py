@@ -150,7 +150,7 @@ def collect(out: Path, seeds: list[int], settings: dict) -> dict:
         if name in rows and (folders[0] / f"eval-repair-{name}").exists():
             rows[name]["given"] = [pictures.given(folder, name) for folder in folders]
             rows[name]["own"] = [pictures.own(folder, name) for folder in folders]
-    lines = [runs.read_metrics(folder / "score" / "metrics.jsonl") for folder in folders]
+    lines = [runs.read_log(folder / "score" / "metrics.jsonl") for folder in folders]
     ends = {name: [last_fifth(one, name) for one in lines] for name in ("acc_t1", "acc_t2")}
     return {"settings": settings, "seeds": seeds, "rows": rows, "moved at the end": ends}
 

@@ -153,7 +153,7 @@ def test_ids_of_mbpps_test_split_are_said_to_spoil_it(capsys):
 
 
 def test_a_folder_without_one_of_the_files_is_named(tmp_path):
-    with pytest.raises(InputError, match="with humaneval in its name, but has 0"):
+    with pytest.raises(InputError, match="with humaneval in its name, but has none"):
         load_problems("code", "test", data=write(tmp_path / "files", mbpp=rows_of("mbpp")))
 
 
@@ -254,7 +254,7 @@ def test_evaluation_is_on_humaneval_and_with_a_split_on_mbpp(trained, capsys):
     for split, flags, count in (("test", [], 5), ("mbpp", ["--split", "mbpp"], 6)):
         assert run_eval(*asked, "--max-new-tokens", "40", *flags) == 0
         assert "acc_t1" in capsys.readouterr().out
-        folder = trained / "stage2" / ("eval" if split == "test" else "eval-mbpp")
+        folder = trained / "eval" / ("stage2" if split == "test" else "stage2-mbpp")
         rows = [json.loads(line) for line in (folder / "transcripts.jsonl").open()]
         assert [row["id"] for row in rows] == [p.id for s, p in ALL if s == split]
         assert len(rows) == count
@@ -273,7 +273,7 @@ def test_repair_begins_with_the_wrong_programs_of_a_file(trained, tmp_path, caps
     )
     asked = ["--model", trained / "stage2", "--task", "code", "--data", CODE, "--split", "mbpp"]
     assert run_eval(*asked, "--max-new-tokens", "20", "--repair", file) == 0
-    folder = trained / "stage2" / "eval-mbpp-repair"
+    folder = trained / "eval" / "stage2-mbpp-repair"
     rows = [json.loads(line) for line in (folder / "transcripts.jsonl").open()]
     assert [row["id"] for row in rows] == ["MBPP/11", "MBPP/11"]  # the right one needs no repair
     assert [row["attempts"][0]["text"] for row in rows] == [

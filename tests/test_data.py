@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from gemma import FILES
 
 import data
+import rewards
 from data import InputError, add_columns, last_box, math_problems
 from tasks import load_problems
 
@@ -187,3 +189,53 @@ def test_a_problem_in_both_splits_is_named_whatever_its_spaces(tmp_path, rows):
     folder = write(tmp_path / "math", train=[*rows["train"], twin], test=rows["test"])
     with pytest.raises(InputError, match="1 problems are in training and in test"):
         load_problems("math", "train", data=folder)
+
+
+# --- Files ---------------------------------------------------------------------------------------
+
+
+def test_only_a_line_feed_ends_a_line_and_a_byte_order_mark_is_none(tmp_path):
+    text = "one\u2028two\u2029three\u0085four\rfive"
+    row = json.dumps({"problem": text, "answer": 4}, ensure_ascii=False)
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(f"\ufeff{row}\r\n\n{row}".encode())
+    rows = data.read_jsonl(path, data.MATH_TEXTS)
+    assert rows == [{"problem": text, "answer": "4"}] * 2
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("problem,answer", "begins 'problem,answer', which is no JSON"),
+        ('{"problem": "1?", "answer', "which is no JSON"),
+        ('[{"problem": "1?"}]', "is [{'problem': '1?'}], no JSON object"),
+        ("4", "is 4, no JSON object"),
+        ('{"question": "1?", "answer": "1"}', "has no 'problem', only 'question', 'answer'"),
+        ('{"problem": ["1?"]}', "'problem' is ['1?'], no text"),
+        ('{"problem": "1?", "answer": true}', "'answer' is True, no text"),
+        ('{"problem": "1?", "answer": {"is": 1}}', "'answer' is {'is': 1}, no text"),
+    ],
+)
+def test_a_bad_line_is_told_with_file_line_key_and_what_was_found(line, words, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"problem": "0?"}\n\n' + line + "\n")
+    with pytest.raises(InputError) as found:
+        data.read_jsonl(path, data.MATH_TEXTS)
+    assert str(found.value).startswith(f"{path}, line 3") and words in str(found.value)
+
+
+REAL = Path(os.environ.get("REAL_DATA", "nowhere"))
+
+
+@pytest.mark.skipif(not (REAL / "gsm8k_train.jsonl.gz").exists(), reason="no GSM8K in REAL_DATA")
+def test_every_answer_of_gsm8k_is_read_and_equals_itself(tmp_path):
+    for split in ("train", "test"):
+        shutil.copy(REAL / f"gsm8k_{split}.jsonl.gz", tmp_path)
+    sizes = {}
+    for split in ("train", "test"):
+        problems = load_problems("answers", split, data=str(tmp_path))
+        answers = [problem.answer for problem in problems]
+        wrong = [a for a in answers if not rewards.is_right(a, a, "")]
+        assert not wrong and all(a.replace(",", "").lstrip("-").isdigit() for a in answers)
+        sizes[split] = len(problems)
+    assert sizes == {"train": 7473, "test": 1319}

@@ -1,6 +1,9 @@
 """Metrics, their intervals, and the command line of eval.py."""
 
 import json
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,7 +15,7 @@ from data import Problem
 from eval import compare_votes, vote, votes_table
 from models import load_checkpoint, save_checkpoint
 from sample import Attempt, Episode, Sampling, rollout
-from tasks import CODE_FEEDBACK, MATH_FEEDBACK, MATH_REFINE, load_problems, refining
+from tasks import CODE_FEEDBACK, MATH_FEEDBACK, MATH_REFINE, load_problems, read_chat, refining
 
 
 def run_eval(*flags):
@@ -22,13 +25,20 @@ def run_eval(*flags):
 def test_eval_writes_metrics_and_every_transcript(checkpoint, tmp_path, capsys):
     assert run_eval("--model", checkpoint, "--problems", 6, "--attempts", 3) == 0
     printed = capsys.readouterr().out
-    record = json.loads((checkpoint / "eval" / "metrics.json").read_text())
-    lines = (checkpoint / "eval" / "transcripts.jsonl").read_text().splitlines()
+    record = json.loads((checkpoint.parent / "eval" / checkpoint.name / "metrics.json").read_text())
+    lines = (
+        (checkpoint.parent / "eval" / checkpoint.name / "transcripts.jsonl")
+        .read_text()
+        .splitlines()
+    )
     assert len(lines) == 6 and len(json.loads(lines[0])["attempts"]) == 3
     for name in ("acc_t1", "acc_t3", "delta", "delta_i_to_c", "copied", "edit_ratio", "cut_off"):
         assert name in printed and name in record["metrics"]
     assert run_eval("--model", checkpoint, "--problems", 6, "--attempts", 3) == 0  # the same again
-    assert json.loads((checkpoint / "eval" / "metrics.json").read_text()) == record
+    assert (
+        json.loads((checkpoint.parent / "eval" / checkpoint.name / "metrics.json").read_text())
+        == record
+    )
     assert run_eval("--model", checkpoint, "--problems", 5) == 2  # another: not over it
     assert "name another folder" in capsys.readouterr().err
     assert run_eval("--model", checkpoint, "--problems", 5, "--out", tmp_path / "other") == 0
@@ -41,6 +51,40 @@ def test_metrics_are_written_last_since_they_say_that_all_is_done(checkpoint, mo
     assert written == ["transcripts.jsonl", "metrics.json"]
 
 
+def test_an_interval_is_never_minus_zero(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "intervals", lambda *_: {"delta": (-0.0001, 0.0004)})
+    assert run_eval("--model", checkpoint, "--problems", 2) == 0
+    assert "[0.000, 0.000]" in capsys.readouterr().out
+
+
+def test_nobody_needs_to_read_on(checkpoint):
+    command = [sys.executable, evaluation.__file__, "--model", checkpoint, "--problems", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    _, said = process.communicate()
+    assert process.returncode == 128 + signal.SIGPIPE and "Error" not in said
+    assert (checkpoint.parent / "eval" / checkpoint.name / "metrics.json").exists()
+
+
+def test_one_question_is_attempted_twice_and_not_judged(checkpoint, monkeypatch, capsys):
+    monkeypatch.chdir(checkpoint.parent)
+    question = load_problems("sums", "test", 1)[0].question
+    assert run_eval("--model", checkpoint.name, "--ask", question) == 0
+    printed = capsys.readouterr().out
+    model, tokenizer = load_checkpoint(str(checkpoint))
+    chat = read_chat(tokenizer, model, "sums")
+    asked = [Problem(question, None, "sums", "x")]
+    [episode] = rollout(model, chat, asked, Sampling(2, 10, 0.0))
+    for number, attempt in enumerate(episode.attempts, start=1):
+        assert f"attempt {number}" in printed and attempt.text in printed
+    assert ("cut off" in printed) == (not all(y.finished for y in episode.attempts))
+    assert not (checkpoint.parent / "eval").exists()
+    assert run_eval("--model", checkpoint.name, "--ask", " ") == 2
+    assert "--ask needs a question" in capsys.readouterr().err
+    assert run_eval("--model", checkpoint.name, "--ask", question, "--refine") == 0
+    assert "feedback" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -51,6 +95,8 @@ def test_metrics_are_written_last_since_they_say_that_all_is_done(checkpoint, mo
         (["--model", "no/such/model"], "no/such/model"),
         (["--model", "."], "no config.json"),
         (["--plot", "no/such/run"], "no/such/run"),
+        (["--report", "no/such/run"], "--report no/such/run holds no run and no evaluation"),
+        (["--report", "a", "b", "c"], "--report compares two folders at most"),
         (["--attempts", "two"], "--attempts"),
         (["--rows", "0"], "--rows"),
         (["--task", "chess"], "--task chess"),
@@ -62,7 +108,11 @@ def test_bad_input_is_one_sentence_and_status_2(
     flags, words, checkpoint, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    model = [] if not flags or flags[0] in ("--model", "--plot") else ["--model", checkpoint]
+    model = (
+        []
+        if not flags or flags[0] in ("--model", "--plot", "--report")
+        else ["--model", checkpoint]
+    )
     assert run_eval(*model, *flags) == 2
     message = capsys.readouterr().err
     assert words in message and message.count("\n") == 1 and "Traceback" not in message
@@ -175,7 +225,7 @@ def test_self_refine_measures_both_attempts_and_keeps_the_feedback(tmp_path, cap
     asked = ["--model", model, "--task", "math", "--data", FILES, "--max-new-tokens", 40]
     asked += ["--problems", 4, "--precision", "float32"]
     assert evaluation.main([*map(str, asked), "--refine"]) == 0
-    folder = tmp_path / "model" / "eval-refine"
+    folder = tmp_path / "eval" / "model-refine"
     rows = [json.loads(line) for line in (folder / "transcripts.jsonl").open()]
     metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
     assert len(rows) == 4 and all(row["feedback"] and len(row["attempts"]) == 2 for row in rows)

@@ -90,7 +90,7 @@ def test_evaluation_tells_levels_and_subjects_and_writes_every_transcript(finish
     flags = ["--model", finished / "stage1", "--task", "math", "--data", FILES]
     assert evaluation.main([*map(str, flags), "--max-new-tokens", "40"]) == 0
     printed = capsys.readouterr().out
-    record = json.loads((finished / "stage1" / "eval" / "metrics.json").read_text())
+    record = json.loads((finished / "eval" / "stage1" / "metrics.json").read_text())
     problems = load_problems("math", "test", data=str(FILES))
     assert len(problems) == 14
     for group in ("level 1", "level 5", "Algebra", "Counting & Probability"):
@@ -98,7 +98,7 @@ def test_evaluation_tells_levels_and_subjects_and_writes_every_transcript(finish
         assert f"{group} ({count})" in printed
         assert {"acc_t1", "acc_t2", "delta"} <= set(record["groups"][f"{group} ({count})"])
     assert 0 <= record["metrics"]["unreadable"] <= 1 and "unreadable" in printed
-    transcripts = (finished / "stage1" / "eval" / "transcripts.jsonl").read_text().splitlines()
+    transcripts = (finished / "eval" / "stage1" / "transcripts.jsonl").read_text().splitlines()
     line = json.loads(transcripts[0])
     assert len(transcripts) == 14 and len(line["attempts"]) == 2
     assert {"question", "answer", "subject", "level", "x1"} <= set(line)
@@ -209,7 +209,7 @@ def test_rows_side_by_side_do_not_change_what_is_sampled(small_gemma):
         (["--data", "empty"], "--data empty"),
         (["--data", "torn"], "line 2"),
         (["--data", "clash"], "in training and in test"),
-        (["--data", ""], "name a folder of JSONL files with --data"),
+        (["--data", ""], "name a folder of files with --data"),
         (["--model", "builtin"], "--model builtin can only add"),
         (["--model", "no/such"], "no/such"),
         (["--data", "numbers"], "numbers/train.jsonl, line 1"),

@@ -1,55 +1,205 @@
-"""The worked example of a task of one's own, with a small model."""
+"""Tasks of one's own: a Python file, and files of questions and answers."""
 
 import json
-import runpy
 from pathlib import Path
 
+import datasets
 import pytest
 from gemma import gemma_model, gemma_tokenizer
+from test_runs import signals  # noqa: F401
 
+import eval as evaluation
 import score
+import tasks
+from data import InputError, own_problems
 from models import save_checkpoint
-from tasks import TASKS, load_problems
+from tasks import find_task, load_problems
 
 EXAMPLE = Path(score.__file__).parent / "experiments" / "backwards.py"
+SMALL = "--batch 4 --k 2 --steps1 1 --steps2 1 --problems 4 --rows 4".split()
 
 
 @pytest.fixture
-def task(monkeypatch):
-    """The example's task, which is forgotten again."""
-    monkeypatch.setitem(TASKS, "backwards", None)
-    runpy.run_path(str(EXAMPLE))  # not as __main__
-    return TASKS["backwards"]
-
-
-def test_the_example_trains(task, tmp_path, monkeypatch, capsys):
+def small(tmp_path):
     tokenizer = gemma_tokenizer()
     save_checkpoint(tmp_path / "small", gemma_model(tokenizer), tokenizer)
-    flags = ["--task", "backwards", "--model", tmp_path / "small", "--out", tmp_path / "run"]
-    flags += ["--batch", 4, "--k", 2, "--steps1", 1, "--steps2", 1, "--problems", 4, "--rows", 4]
-    assert score.main(list(map(str, flags))) == 0
-    cfg = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    return tmp_path / "small"
+
+
+def run(main, *flags) -> int:
+    return main([str(flag) for flag in flags])
+
+
+# --- 1. A Python file --------------------------------------------------------------------------
+
+
+def test_the_example_trains_goes_on_and_is_evaluated_from_elsewhere(
+    small, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "run"
+    flags = ["--task", EXAMPLE, "--model", small, "--out", out, *SMALL]
+    monkeypatch.chdir(EXAMPLE.parent)
+    assert run(score.main, "--task", EXAMPLE.name, *flags[2:], "--stage", 1) == 0
+    cfg = json.loads((out / "config.json").read_text())["settings"]
     assert (cfg["max_new_tokens"], cfg["precision"], cfg["lr"]) == (32, "bfloat16", 5e-6)
-    assert "stage2" in json.loads((tmp_path / "run" / "results.json").read_text())
-    samples = (tmp_path / "run" / "samples.txt").read_text()
-    assert any(p.answer in samples for p in load_problems("backwards", "train"))
-    monkeypatch.delitem(TASKS, "backwards")  # as score.py alone, which does not know it
-    assert score.main(["--resume", "--out", str(tmp_path / "run")]) == 2
-    assert "--task backwards is unknown" in capsys.readouterr().err
+    assert cfg["task"] == str(EXAMPLE)
+    monkeypatch.chdir(tmp_path)
+    assert run(score.main, "--stage", 2, "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert f"eval.py --model {out}/stage2 --task {EXAMPLE} --problems 4" in printed
+    assert run(score.main, "--resume", "--out", out, "--steps2", 2) == 0
+    samples = (out / "samples.txt").read_text()
+    assert any(p.answer in samples for p in load_problems(str(EXAMPLE), "train"))
+    asked = ["--model", out / "stage2", "--task", EXAMPLE, "--problems", 4]
+    assert run(evaluation.main, *asked) == 0
+    assert run(evaluation.main, *asked, "--ask", "ant bee cat") == 0
+    assert "attempt 2" in capsys.readouterr().out
 
 
-def test_its_reward_is_the_words_in_reverse_order_and_its_splits_share_nothing(task):
-    train, test = (load_problems("backwards", split) for split in ("train", "test"))
+def test_its_reward_is_the_words_in_reverse_order_and_its_splits_share_nothing():
+    task = find_task(str(EXAMPLE))
+    train, test = (load_problems(str(EXAMPLE), split) for split in ("train", "test"))
     assert len(train) == len(test) == 3000 and not {p.id for p in train} & {p.id for p in test}
     problem = test[0]
     assert problem.answer.split() == problem.question.split()[::-1]
-    assert load_problems("backwards", "test", 1) == (problem,)
+    assert problem.id == problem.question and problem.task == str(EXAMPLE)
+    assert load_problems(str(EXAMPLE), "test", 1) == (problem,)
     answers = [problem.answer, f" {problem.answer}\n", problem.question, None]
     assert task.rewards(answers, [problem] * 4) == [1.0, 1.0, 0.0, 0.0]
     assert [task.states(attempt, problem) for attempt in ("", "ant")] == [None, "ant"]
 
 
-def test_it_is_thirty_lines():
-    code = EXAMPLE.read_text().partition('"""')[2].partition('"""')[2]
+def test_the_readme_shows_it_whole():
+    text = EXAMPLE.read_text()
+    assert text.partition('"""\n\n')[2] in (EXAMPLE.parent.parent / "README.md").read_text()
+    code = text.partition('"""')[2].partition('"""')[2]
     lines = [line for line in code.splitlines() if line.strip() and "import" not in line]
     assert len(lines) <= 30
+
+
+TASK = EXAMPLE.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("x = 1 +", "cannot be run (SyntaxError"),
+        ("x = y", "cannot be run (NameError"),
+        ("x = 1", "has no TASK = Task(..)"),
+        ("TASK = 1", "has no TASK = Task(..)"),
+        (
+            TASK.replace("made = random.Random(split), {}", "made = 1 / 0"),
+            "fails: ZeroDivisionError",
+        ),
+        (TASK.replace("[:count]", "[:0]"), "has no problem in train"),
+        (TASK.replace('"steps1": 200', '"stepps": 200'), "sets 'stepps' in training"),
+    ],
+)
+def test_a_faulty_file_is_one_sentence(text, words, small, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    out = tmp_path / "run"
+    assert run(score.main, "--task", file, "--model", small, "--out", out, *SMALL) == 2
+    message = capsys.readouterr().err
+    assert f"--task {file}" in message and words in message and message.count("\n") == 1
+    assert not out.exists()
+
+
+# --- 2. Files of questions and answers -----------------------------------------------------------
+
+TRAIN = [{"question": f"What is {n} + {n}?", "answer": 2 * n} for n in range(6)]
+TEST = [{"question": "Half of 1?", "answer": "0.5"}, {"question": "2 < 3?", "answer": "yes"}]
+
+
+def as_jsonl(rows) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def as_csv(rows) -> str:
+    lines = [",".join(rows[0]), *(f'"{row["question"]}",{row["answer"]}' for row in rows)]
+    return "\ufeff" + "\r\n".join(lines)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "mine").mkdir()
+    return tmp_path / "mine"
+
+
+def test_jsonl_csv_and_parquet_are_read_alike(folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    found = []
+    for kind, write in (("jsonl", as_jsonl), ("csv", as_csv), ("parquet", None)):
+        place = folder / kind
+        place.mkdir()
+        for split, rows in (("train", TRAIN), ("test", TEST)):
+            if write:
+                (place / f"my_{split}.{kind}").write_text(write(rows), encoding="utf-8")
+            else:
+                datasets.Dataset.from_list(rows).to_parquet(place / f"{split}.parquet")
+        found.append([load_problems("answers", s, data=str(place)) for s in ("train", "test")])
+    assert found[0] == found[1] == found[2]
+    train, test = found[0]
+    assert [p.answer for p in train] == "0 2 4 6 8 10".split()
+    rewards = find_task("answers").rewards
+    assert rewards([r"\frac{1}{2}", "Yes"], list(test)) == [1.0, 1.0]
+    assert rewards(["10", None], [train[5], train[0]]) == [1.0, 0.0]
+
+
+def test_columns_may_have_other_names_and_solutions_end_in_their_answer(folder):
+    train = [{"q": "a?", "how": "Well.\n#### 1,042"}, {"q": "b?", "how": r"So $\boxed{7}$."}]
+    train += [{"q": "c?", "how": "#### "}, {"q": "a?", "how": "3"}]
+    (folder / "train.jsonl").write_text(as_jsonl(train))
+    (folder / "test.jsonl").write_text(as_jsonl([{"q": "d?", "how": "4"}]))
+    found = load_problems("answers", "train", data=str(folder), columns="q, how")
+    assert [(p.question, p.answer) for p in found] == [("a?", "1,042"), ("b?", "7")]
+    for columns in ("q", "q,how,why", ","):
+        with pytest.raises(InputError, match="must name two"):
+            load_problems("answers", "train", data=str(folder), columns=columns)
+    with pytest.raises(InputError, match=r"train.jsonl, line 1 has no 'question', only 'q', 'how'"):
+        load_problems("answers", "train", data=str(folder))
+    (folder / "test.jsonl").write_text(as_jsonl([{"q": " a?", "how": "4"}]))
+    own_problems.cache_clear()
+    with pytest.raises(InputError, match="1 problems are in training and in test"):
+        load_problems("answers", "train", data=str(folder), columns="q,how")
+
+
+def test_a_data_set_of_the_hub_may_have_a_configuration(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for split, rows in (("train", TRAIN), ("test", [{"question": "5?", "answer": 5}])):
+        (folder / f"{split}.jsonl").write_text(as_jsonl(rows))
+    load, asked = datasets.load_dataset, []
+
+    def load_dataset(*names, split):
+        asked.append((*names, split))
+        return load(str(folder), split=split)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    train = load_problems("answers", "train", data="openai/gsm8k:main")
+    assert [p.answer for p in train] == "0 2 4 6 8 10".split()
+    assert asked == [("openai/gsm8k", "main", split) for split in ("train", "test")]
+
+
+def test_own_questions_are_trained_on_in_own_words(folder, small, tmp_path, capsys):
+    for split, rows in (("train", TRAIN), ("test", TEST)):
+        (folder / f"{split}.csv").write_text(as_csv(rows), encoding="utf-8")
+    (tmp_path / "prompt.txt").write_text("Answer this: {question} Please!")
+    (tmp_path / "again.txt").write_text("Look again.\n")
+    words = ["--prompt", tmp_path / "prompt.txt", "--correction", tmp_path / "again.txt"]
+    flags = ["--task", "answers", "--data", folder, "--model", small, "--max-new-tokens", 8, *words]
+    out = tmp_path / "run"
+    assert run(score.main, *flags, *SMALL, "--precision", "float32", "--out", out) == 0
+    printed = capsys.readouterr().out
+    for flag in ("--data", "--prompt", "--correction"):
+        assert f"{flag} {tmp_path}" in printed
+    asked = [*flags[:4], *flags[6:], "--model", out / "stage2", "--problems", 4]
+    assert run(evaluation.main, *asked) == 0
+    lines = (out / "eval" / "stage2" / "transcripts.jsonl").read_text().splitlines()
+    tokenizer = gemma_tokenizer()
+    x1 = tokenizer.decode(json.loads(lines[0])["x1"])
+    assert "Answer this: Half of 1? Please!" in x1 and "math expert" not in x1
+    chat = tasks.read_chat(tokenizer, gemma_model(tokenizer), "answers", "Look again.")
+    assert "Look again." in tokenizer.decode(chat.p1)
+    (tmp_path / "prompt.txt").write_text("Answer this:")
+    text = tasks.read_words("--prompt", str(tmp_path / "prompt.txt"))
+    assert text == "Answer this:\n\n{question}"

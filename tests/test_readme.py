@@ -27,7 +27,6 @@ def test_the_first_block_is_the_two_commands():
     train, check = BLOCKS[0].splitlines()
     assert "-r requirements.txt" in train and train.endswith("python score.py")
     assert "-r requirements-dev.txt" in check and check.endswith("python -m pytest -q")
-    assert len(README.splitlines()) <= 250
 
 
 @pytest.mark.parametrize("command", COMMANDS)

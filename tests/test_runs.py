@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -332,13 +333,22 @@ def test_the_control_starts_from_the_base_with_init(checkpoint, tmp_path):
         (["--out", "a file/run"], "a file"),
         (["--out", "torn"], "holds something else than a run"),
         (["--out", "notes"], "holds something else than a run"),
-        (["--data", "notes"], "--data notes is for --task math or code"),
+        (["--data", "notes"], "--data notes is for --task math or answers or code"),
         (["--k", "two"], "--k"),
         (["--temperature", "1e-40"], "--temperature 1e-40"),
         (["--seed", str(2**63)], "--seed"),
         (["--task", "help"], "--task help"),
         (["--out", "/proc/run"], "--out /proc/run"),
-        (["--out", "x" * 300], "cannot be a folder"),
+        (["--out", "x" * 300], "cannot be written"),
+        (["--out", "/proc"], "--out /proc cannot be written"),
+        (["--model", "wordless"], "wordless has a tokenizer of"),
+        (["--model", "of a run"], "such as of a run/stage1, of a run/stage2"),
+        (["--prompt", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["--correction", "blank.txt"], "--correction blank.txt is empty"),
+        (["--columns", "a,b"], "--columns a,b is for --task answers"),
+        (["--task", "answers"], "--task answers needs --data"),
+        (["--task", "nowhere.py"], "nowhere.py does not exist"),
+        (["--eval-every", "-1"], "--eval-every -1"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2_and_writes_nothing(
@@ -354,8 +364,16 @@ def test_bad_input_is_one_sentence_and_status_2_and_writes_nothing(
     weights = load_file("half/model.safetensors")
     save_file({k: v for k, v in weights.items() if "layers.1" not in k}, "half/model.safetensors")
     wide = builtin_model(tokenizer, 0)
-    wide.resize_token_embeddings(300)
+    wide.resize_token_embeddings(200)
     save_checkpoint(tmp_path / "wide", wide, tokenizer)
+    shutil.copytree(checkpoint, "wordless")
+    for path in (tmp_path / "wordless").glob("*token*"):
+        path.unlink()
+    for stage in ("stage1", "stage2"):
+        shutil.copytree(checkpoint, tmp_path / "of a run" / stage)
+    (tmp_path / "of a run" / "metrics.jsonl").write_text("{}")
+    (tmp_path / "of a run" / "config.json").write_text("{}")
+    (tmp_path / "blank.txt").write_text(" ")
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("years of work")
@@ -365,7 +383,10 @@ def test_bad_input_is_one_sentence_and_status_2_and_writes_nothing(
     assert run_score(*model, *flags) == 2
     message = capsys.readouterr().err
     assert words in message and "Traceback" not in message
-    assert len([line for line in message.splitlines() if "skipped" not in line]) == 1
+    lines = [line for line in message.splitlines() if not line.startswith("skipped")]
+    assert [line for line in lines if not line.endswith("asking the Hugging Face hub")] == lines[
+        -1:
+    ]
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -390,6 +411,200 @@ def test_resuming_a_finished_run_changes_nothing(finished, capsys):
     assert_equal(tree(finished), before)
 
 
+# --- Nothing is lost ---------------------------------------------------------------------------
+
+
+def test_what_training_did_not_write_stays_in_a_checkpoint_folder(checkpoint, tmp_path):
+    out = tmp_path / "run"
+    flags = ["--model", checkpoint, "--out", out, *SMALL, "--stage", "1"]
+    (out / "stage1" / "notes").mkdir(parents=True)  # as if the first export were made
+    (out / "stage1" / "notes" / "a.txt").write_text("mine")
+    (out / "stage1" / "config.json").write_text("not mine")
+    save_checkpoint(out / "stage1", *load_checkpoint(str(checkpoint)))
+    shutil.rmtree(out / "notes", ignore_errors=True)
+    assert (out / "stage1" / "notes" / "a.txt").read_text() == "mine"
+    assert load_checkpoint(str(out / "stage1"))
+    shutil.rmtree(out)
+    assert run_score(*flags) == 0
+    (out / "stage1" / "a.txt").write_text("mine")
+    assert run_score("--resume", "--out", out, "--steps1", 7) == 0
+    assert (out / "stage1" / "a.txt").read_text() == "mine"
+
+
+def test_more_steps_may_be_made_after_the_end_as_if_they_had_been_planned(
+    finished, checkpoint, tmp_path, capsys
+):
+    whole = tmp_path / "longer"
+    flags = ["--model", checkpoint, *SMALL, "--steps2", 6]
+    assert run_score(*flags, "--out", whole) == 0
+    assert run_score("--resume", "--out", finished, "--steps1", 9) == 2
+    assert "--steps1 9: its stage is over, and has had 5 steps" in capsys.readouterr().err
+    assert run_score("--resume", "--out", finished, "--steps2", 2) == 2
+    assert "--steps2 2 is less than the 3 steps that were made" in capsys.readouterr().err
+    assert run_score("--resume", "--out", finished, "--steps2", 6) == 0
+    assert_equal(tree(finished), tree(whole))
+    record = json.loads((finished / "config.json").read_text())
+    assert record["settings"]["steps2"] == 6
+    assert record["earlier"][0]["settings"]["steps2"] == 3
+    episodes = [json.loads(line) for line in (finished / "episodes.jsonl").open()]
+    assert sum(one["source"] == "stage2, held out" for one in episodes) == 8
+
+
+def test_a_disk_that_is_full_is_one_sentence_and_the_last_state_is_kept(
+    finished, checkpoint, tmp_path
+):
+    out = tmp_path / "full"
+    code = """
+import resource, signal, sys
+import score
+size, one_step = int(sys.argv[1]), score.one_step
+def stepped(learner, run, *rest):
+    if len(run.lines) == 3:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    return one_step(learner, run, *rest)
+score.one_step = stepped
+sys.exit(score.main(sys.argv[2:]))
+"""
+    for size in (100, 100_000):  # a log does not fit, or weights
+        flags = ["--model", checkpoint, "--out", out, *SMALL]
+        command = [sys.executable, "-c", code, size, *flags]
+        folder = Path(score.__file__).parent
+        done = subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, cwd=folder, check=False
+        )
+        said = [line for line in done.stderr.splitlines() if line.startswith("score.py:")]
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        assert len(said) == 1 and "cannot be written (" in said[0] and "is kept" in said[0]
+        assert run_score("--resume", "--out", out) == 0
+        assert_equal(tree(out), tree(finished))
+        shutil.rmtree(out)
+
+
+def test_a_run_begins_only_where_there_is_room_for_it(checkpoint, tmp_path, monkeypatch, capsys):
+    weights = sum(w.numel() for w in load_checkpoint(str(checkpoint))[0].parameters())
+    needed = weights * (4 * 3 + 12 * 2)  # checkpoints of two stages and one in the making; states
+    flags = ["--model", checkpoint, *SMALL]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    assert run_score(*flags, "--out", tmp_path / "small") == 2
+    assert "GB are free: name another" in capsys.readouterr().err
+    assert not (tmp_path / "small").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
+    assert run_score(*flags, "--out", tmp_path / "enough") == 0
+
+
+def test_an_old_run_hides_no_mistyped_setting(finished, capsys):
+    for flags, words in (
+        (["--stage", "3"], "--stage 3 is unknown"),
+        (["--alpha", "nan"], "--alpha nan"),
+        (["--k", "3"], "--batch 128 is not divisible by --k 3"),
+        (["--stage", "2", "--k", "3"], "--batch 8 is not divisible by --k 3"),
+        (["--stage", "2", "--batch", "12"], "holds a run already"),
+    ):
+        assert run_score("--out", finished, *flags) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_the_commands_that_are_printed_work_as_they_stand(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    out = "two words/it's"
+    flags = ["--model", checkpoint, "--out", out, *SMALL, "--max-new-tokens", 12]
+    for stage, programs in (("1", ["score.py"]), ("2", ["eval.py", "eval.py"])):
+        given = flags if stage == "1" else ["--out", out]
+        assert run_score(*given, "--stage", stage) == 0
+        printed = capsys.readouterr().out.rpartition("next: ")[2].strip()
+        commands = [shlex.split(part) for part in printed.split(", or ")]
+        assert [command[1] for command in commands] == programs
+    assert commands[0][-4:] == ["--problems", "8", "--max-new-tokens", "12"]
+    for _python, _script, *words in commands:
+        assert evaluation.main(words) == 0
+    assert (Path(out) / "eval" / "stage2" / "metrics.json").exists()
+    assert (Path(out) / "report.html").exists()
+
+
+def test_a_run_goes_on_from_another_folder_and_with_a_base_that_was_moved(
+    finished, checkpoint, tmp_path, monkeypatch, capsys
+):
+    start, elsewhere = tmp_path / "start", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copytree(checkpoint, start / "base model")
+    monkeypatch.chdir(start)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert run_score("--model", "base model", "--out", "run", *SMALL) == 130
+    record = json.loads((start / "run" / "config.json").read_text())
+    assert record["settings"]["model"] == str(start / "base model")
+    assert record["typed"]["model"] == "base model"
+    monkeypatch.chdir(elsewhere)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert run_score("--resume", "--out", start / "run") == 130
+    (start / "base model").rename(elsewhere / "moved")
+    assert run_score("--resume", "--out", start / "run") == 2
+    assert "was it moved?" in capsys.readouterr().err
+    save_checkpoint(elsewhere / "other", builtin_model(builtin_tokenizer(), 1), builtin_tokenizer())
+    assert run_score("--resume", "--out", start / "run", "--model", "other") == 2
+    assert "other weights than the base of the run" in capsys.readouterr().err
+    assert run_score("--resume", "--out", start / "run", "--model", "moved") == 0
+    assert_equal(tree(start / "run"), tree(finished))
+
+
+def test_the_first_ctrl_c_is_answered_at_once(checkpoint, tmp_path, monkeypatch, capfd):
+    said = []
+
+    def interrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        said.append(capfd.readouterr().err)
+
+    interrupt_at(monkeypatch, 1, interrupted)
+    assert run_score("--model", checkpoint, "--out", tmp_path / "run", *SMALL) == 130
+    assert "stopping after this step" in said[0]
+
+
+def test_held_out_metrics_come_as_often_as_is_asked_and_change_nothing(
+    finished, checkpoint, tmp_path
+):
+    out = tmp_path / "watched"
+    assert run_score("--model", checkpoint, "--out", out, *SMALL, "--eval-every", 3) == 0
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines if "held_out" in line] == [2, 5]
+    watched, plain = tree(out), tree(finished)
+    assert set(lines[2]["held_out"]) >= {"acc_t1", "acc_t2", "delta"}
+    for line in watched["lines"]:
+        line.pop("held_out", None)
+    assert_equal(watched, plain)
+
+
+def test_tensorboard_gets_the_metrics_if_it_is_installed(checkpoint, tmp_path, monkeypatch, capsys):
+    written, out = [], tmp_path / "run"
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
+
+        def add_scalar(self, *scalar):
+            written.append(scalar)
+
+        def flush(self):
+            pass
+
+    flags = ["--model", checkpoint, *SMALL, "--tensorboard", 1, "--eval-every", 8]
+    fake = SimpleNamespace(SummaryWriter=Writer)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+        assert run_score(*flags, "--out", out) == 0
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    assert written[0] == (out / "tensorboard", 0)
+    for line in lines:
+        assert ("train/acc_t2", line["acc_t2"], line["step"]) in written
+    assert ("held out/delta", lines[7]["held_out"]["delta"], 7) in written
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert run_score(*flags, "--out", tmp_path / "other") == 2
+    assert "pip install tensorboard" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
 FILES = ["metrics.jsonl", "config.json", "results.json"]
 FILES += [f"state/{name}" for name in ("where.json", ".metadata", "__0_0.distcp")]
 
@@ -401,7 +616,7 @@ def test_a_damaged_file_is_named_and_kept_on_resume(name, damage, finished, caps
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"\0garbage" + whole)
     others = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
-    assert run_score("--resume", "--out", finished) == 2
+    assert run_score("--resume", "--out", finished, "--steps2", 6) == 2
     message = capsys.readouterr().err
     named = "state" if name in ("state/.metadata", "state/__0_0.distcp") else name
     assert named in message and message.count("\n") == 1
@@ -415,6 +630,7 @@ def line(step, **metrics):
         "acc_t2": 0.6,
         "copied": 0.5,
         "cut_off": 0.0,
+        "unreadable": 0.0,
         "kl_t1": 0.0,
         "kl_t2": 0.0,
     }
@@ -431,6 +647,8 @@ def line(step, **metrics):
         ({"acc_t1": 0.44, "acc_t2": 0.4}, None),
         ({"copied": 0.98}, "collapse"),
         ({"copied": 0.97}, None),  # the base model does so, too
+        ({"acc_t1": 0.0, "acc_t2": 0.0, "copied": 0.99}, "no reward"),  # not a collapse
+        ({"unreadable": 0.97, "copied": 0.99}, "no reward"),
     ],
 )
 def test_an_alarm_is_raised_once(metrics, word, capsys):
