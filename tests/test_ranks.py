@@ -38,7 +38,14 @@ def torchrun(script, *flags, processes=2, agent=()):
     command += [*agent, script, *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    environment["PET_MASTER_PORT"] = str(free_port())  # other tests may run at the same time
     return subprocess.Popen(list(map(str, command)), env=environment, **pipes)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def finish(process, status=0):
@@ -176,10 +183,7 @@ def test_two_processes_go_on_from_what_one_left(flags, tmp_path):
 
 
 def test_two_nodes_are_two_processes(flags, pair, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    nodes = []
+    nodes, port = [], free_port()
     for node in range(2):
         agent = ["--nnodes=2", f"--node_rank={node}", "--master_addr=127.0.0.1"]
         agent += [f"--master_port={port}"]

@@ -26,7 +26,7 @@ COMMANDS = [line.partition("#")[0] for block in BLOCKS[1:] for line in block.spl
 def test_the_first_block_is_the_two_commands():
     train, check = BLOCKS[0].splitlines()
     assert "-r requirements.txt" in train and train.endswith("python score.py")
-    assert "-r requirements-dev.txt" in check and check.endswith("python -m pytest -q")
+    assert "-r requirements-dev.txt" in check and check.endswith("python -m pytest -q -n 2")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
