@@ -29,8 +29,13 @@ def write(folders: list[Path], out: Path) -> Path:
     """Write the page on one or two folders into `out`; returns its path."""
     if len(folders) > 2:
         raise InputError(f"--report compares two folders at most, not {len(folders)}")
-    found = {"runs": [contents(folder) for folder in folders], "panels": [], "columns": COLUMNS}
-    found["panels"] = [{"title": title, "curves": names} for title, names in PANELS.items()]
+    runs = [contents(folder) for folder in folders]
+    measured = {name for run in runs for row in run["table"] for name in row["metrics"]}
+    found = {
+        "runs": runs,
+        "panels": [{"title": title, "curves": names} for title, names in PANELS.items()],
+        "columns": {name: words for name, words in COLUMNS.items() if name in measured},
+    }
     # inside of a script element only "<" could end it
     text = json.dumps(found).replace("<", "\\u003c")
     name = "report.html" if len(folders) == 1 else f"report-{folders[1].resolve().name}.html"
