@@ -86,7 +86,8 @@ def configure(typed: dict) -> Config:
 
 def with_absolute_paths(settings: dict) -> dict:
     """Settings that name the same files and folders, wherever they are read."""
-    paths = [name for name in PATHS if os.path.exists(settings.get(name) or "")]
+    named = {name: settings.get(name, "") for name in PATHS}
+    paths = [name for name in named if named[name] != "builtin" and os.path.exists(named[name])]
     paths += ["task"] * settings.get("task", "").endswith(".py")
     return settings | {name: os.path.abspath(settings[name]) for name in paths}
 

@@ -16,6 +16,7 @@ paper's (appendix C). Next to read: data.py.
 import os
 import runpy
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -259,13 +260,43 @@ def run_task_file(path: str) -> Task:
     if not os.path.exists(path):
         raise InputError(f"--task {path} does not exist: name a Python file with TASK = Task(..)")
     sys.path.append(os.path.dirname(path))
-    try:
-        task = runpy.run_path(path).get("TASK")
-    except Exception as error:  # whatever the file does
-        raise InputError(f"--task {path} cannot be run ({error!r}): mend it") from error
+    task = explained(path, "it", runpy.run_path)(path).get("TASK")
     if not isinstance(task, Task):
         raise InputError(f"--task {path} has no TASK = Task(..): add it, see README.md")
-    return task
+
+    def rewards_of(answers: list, problems: list[Problem]) -> list[float]:
+        values = list(task.rewards(answers, problems))
+        if len(values) != len(answers):
+            raise ValueError(f"{len(values)} rewards for {len(answers)} answers")
+        return [float(value) for value in values]
+
+    def load(*args, **flags) -> tuple[Problem, ...]:
+        problems = tuple(task.load(*args, **flags))
+        if not problems:
+            raise ValueError(f"no problem in {args[0]}")
+        return problems
+
+    own = {"first": task.first, "states": task.states, "same": task.same}
+    own |= {"load": load, "rewards": rewards_of}
+    return replace(task, **{name: explained(path, name, call) for name, call in own.items()})
+
+
+def explained(path: str, name: str, call: Callable) -> Callable:
+    """A function of a task file whose errors are told in one sentence, with their line."""
+
+    def called(*args, **flags):
+        try:
+            return call(*args, **flags)
+        except InputError:
+            raise
+        except Exception as error:
+            lines = [
+                x.lineno for x in traceback.extract_tb(error.__traceback__) if x.filename == path
+            ]
+            where = f", line {lines[-1]}" if lines else ""
+            raise InputError(f"--task {path}{where}: {name} fails ({error!r}): mend it") from error
+
+    return called
 
 
 def load_problems(
@@ -285,14 +316,7 @@ def load_problems(
     known = find_task(task)
     ids = ids or known.training.get("ids", "")
     flags = {"data": data, "ids": ids, "columns": columns or "question,answer"}
-    try:
-        problems = known.load(split, count, **{name: flags[name] for name in known.takes})
-    except Exception as error:
-        if task in TASKS or isinstance(error, InputError):
-            raise
-        raise InputError(f"--task {task}: load({split!r}, {count}) fails: {error!r}") from error
-    if not problems:
-        raise InputError(f"--task {task} has no problem in {split}: mend it")
+    problems = known.load(split, count, **{name: flags[name] for name in known.takes})
     return tuple(replace(p, task=task, id=p.id or p.question) for p in problems)
 
 
@@ -325,9 +349,7 @@ def judge(attempts: list[str], before: list[str | None], problems: list[Problem]
     stated = [stated_answer(*each) for each in zip(attempts, before, problems, strict=True)]
     if problems[0].answer is None:
         return stated, [0.0] * len(stated)
-    rewards_of = find_task(problems[0].task).rewards(stated, problems)
-    assert len(rewards_of) == len(stated), "a task's rewards are to be one for each answer"
-    return stated, rewards_of
+    return stated, find_task(problems[0].task).rewards(stated, problems)
 
 
 def agree(one: str | None, two: str | None, task: str) -> bool:

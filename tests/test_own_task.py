@@ -78,20 +78,26 @@ def test_the_readme_shows_it_whole():
 
 
 TASK = EXAMPLE.read_text()
+REWARDS = "rewards=each(lambda answer, problem: answer.split() == problem.answer.split())"
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("x = 1 +", "cannot be run (SyntaxError"),
-        ("x = y", "cannot be run (NameError"),
+        ("x = 1 +", "it fails (SyntaxError"),
+        ("x = y", ", line 1: it fails (NameError"),
         ("x = 1", "has no TASK = Task(..)"),
         ("TASK = 1", "has no TASK = Task(..)"),
         (
             TASK.replace("made = random.Random(split), {}", "made = 1 / 0"),
-            "fails: ZeroDivisionError",
+            "load fails (ZeroDivisionError",
         ),
-        (TASK.replace("[:count]", "[:0]"), "has no problem in train"),
+        (TASK.replace("answer.split() ==", "answer.shape =="), "rewards fails (AttributeError"),
+        (TASK.replace(REWARDS, "rewards=lambda *_: [1.0]"), "1 rewards for"),
+        (TASK.replace(REWARDS, "rewards=lambda y, _: [None] * len(y)"), "rewards fails (TypeError"),
+        (TASK.replace("attempt or None", "attempt + 1"), "states fails (TypeError"),
+        (TASK.replace("{problem.question}", "{problem.asked}"), "first fails (AttributeError"),
+        (TASK.replace("[:count]", "[:0]"), "no problem in train"),
         (TASK.replace('"steps1": 200', '"stepps": 200'), "sets 'stepps' in training"),
     ],
 )
