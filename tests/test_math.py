@@ -206,7 +206,7 @@ def test_rows_side_by_side_do_not_change_what_is_sampled(small_gemma):
     ("flags", "words"),
     [
         (["--data", "nowhere"], "--data nowhere"),
-        (["--data", "empty"], "--data empty"),
+        (["--data", "empty"], "empty needs one file (.jsonl, .jsonl.gz) with train in its name"),
         (["--data", "torn"], "line 2"),
         (["--data", "clash"], "in training and in test"),
         (["--data", ""], "name a folder of files with --data"),
@@ -230,7 +230,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     Path("torn/test.jsonl").write_text(train)
     Path("clash/train.jsonl").write_text(train)
     Path("clash/test.jsonl").write_text(train.splitlines()[3])
-    Path("numbers/train.jsonl").write_text('{"problem": "1+1?", "answer": 2}\n')
+    Path("numbers/train.jsonl").write_text('{"problem": "1+1?", "answer": [2]}\n')
     Path("void/train.jsonl").write_text("\n")
     Path("squashed/train.jsonl.gz").write_bytes(gzip.compress(train.encode())[:-300] + b"x" * 300)
     for name in ("numbers", "void", "squashed"):
@@ -240,7 +240,16 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     assert run_score(*given, "--out", "run") == 2
     message = capsys.readouterr().err
     assert words in message and "Traceback" not in message
-    assert len([line for line in message.splitlines() if "skipped" not in line]) == 1
+    assert (
+        len(
+            [
+                line
+                for line in message.splitlines()
+                if not line.startswith(("skipped", "no/such is no folder"))
+            ]
+        )
+        == 1
+    )
     assert sorted(tmp_path.rglob("*")) == before
     if flags[0] == "--data":
         assert evaluation.main(["--model", str(small_gemma), "--task", "math", *flags]) == 2

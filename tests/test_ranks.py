@@ -163,7 +163,7 @@ def test_one_process_resumes_what_two_left(preempted, pair, tmp_path):
 def test_what_two_ranks_saved_one_reads_exactly(preempted):
     saved = read_state(preempted)
     cfg = configure({**json.loads((preempted / "config.json").read_text())["settings"]})
-    learner = build(cfg, [], "", same_base=True)
+    learner, _ = build(cfg, [], "", same_base=True)
     tensors = models.state_of(learner.policy, learner.optimizer)
     ranks.load_sharded(tensors, preempted / "state")
     for name, weight in learner.policy.named_parameters():

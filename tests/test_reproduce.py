@@ -287,7 +287,7 @@ def test_a_run_that_fails_is_named_with_its_log(tmp_path, capsys):
     assert reproduce.main(flags) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert f"score 0 ended with status 2, see {tmp_path}/grid/seed-0/score.log" in message
-    assert message.endswith("nowhere is no folder: name one with JSONL files")
+    assert message.endswith("nowhere is no folder: name one with .jsonl, .jsonl.gz files")
 
 
 @pytest.mark.parametrize(
@@ -313,9 +313,9 @@ def test_bad_flags_are_one_sentence(flags, words, tmp_path, capsys):
 
 def test_the_multipliers_are_those_of_the_readme():
     for r1, r2 in ((0.0, 1.0), (1.0, 1.0), (0.0, 0.0), (1.0, 0.0)):
-        first, second = pictures.multipliers(1, r1, r2)
+        first, second = pictures.multipliers("1", r1, r2)
         assert first == [0.0] * 3 and second == [r2 - 0.5] * 3
-        first, second = pictures.multipliers(2, r1, r2)
+        first, second = pictures.multipliers("2", r1, r2)
         assert first == [r1 - 0.5] * 3 and second == [11 * (r2 - 0.5)] * 3
 
 
