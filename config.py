@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from data import InputError
-from tasks import ATTEMPT_FLAGS, TASKS, check_task, find_task, read_words, settings_of
+from tasks import ATTEMPT_FLAGS, TASKS, Wording, check_task, find_task, settings_of, wording_of
 
 COLDEST = 0.01  # temperature: what is divided by less may not be finite
 VOTES_TEMPERATURE = 0.7  # section 6.2
@@ -41,6 +41,8 @@ class Config:
     columns: str = flag("", "of --task answers, such as problem,solution; usual: question,answer")
     prompt: str = flag("", "file with other words of the first prompt; {question} stands in it")
     correction: str = flag("", "file with other words that ask for another attempt")
+    thinking: int = flag(0, "1: let the chat template ask for thinking, as Qwen3's can")
+    date: str = flag(Wording.date, "that a chat template prints as today's; fixed")
     ids: str = flag("", "of MBPP's problems to train on; NOT STATED")
     out: str = flag("runs/sums", "run folder")
     seed: int = flag(0, "random seed for base model, data order and sampling")
@@ -72,6 +74,7 @@ class Config:
     resume: bool = flag(False, "go on with the run in --out; more steps may be given")
 
 
+SHARED = ("data", "columns", "prompt", "correction", "thinking", "date")  # with eval.py
 PATHS = ("model", "init", "data", "prompt", "correction")  # where they name something here
 
 
@@ -139,8 +142,7 @@ def plan_of(names: str, stages: dict[str, Stage]) -> list[Stage]:
 def check_settings(cfg: Config, plan: list[Stage]) -> None:
     """Raise InputError for a setting that cannot work, before anything is written."""
     check_task(cfg.task, data=cfg.data, ids=cfg.ids, columns=cfg.columns)
-    for name in ("prompt", "correction"):
-        read_words(as_flag(name), getattr(cfg, name))
+    wording_of(cfg)
     check_plan(cfg, plan)
     positive = ("steps1", "steps2", "batch", "lr", "clip", "max_new_tokens", "temperature")
     for name in (*positive, "rows", "micro_tokens", "save_every", "show_every", "problems"):
@@ -160,7 +162,7 @@ def check_settings(cfg: Config, plan: list[Stage]) -> None:
     if not 0 <= cfg.offline <= 1:
         raise InputError(f"--offline {cfg.offline} is a share of the problems: give 0 to 1")
     check_precision(cfg.precision)
-    for name in ("recompute", "tensorboard"):
+    for name in ("recompute", "tensorboard", "thinking"):
         if getattr(cfg, name) not in (0, 1):
             raise InputError(f"--{name} {getattr(cfg, name)} must be 0 or 1")
     if cfg.eval_every < 0:
@@ -235,8 +237,9 @@ def parse_eval_flags(words: str, argv: list[str] | None = None) -> argparse.Name
     words = f"{', '.join(TASKS)}, or a Python file with TASK = Task(..)"
     parser.add_argument("--task", default="sums", help=words)
     for item in fields(Config):
-        if item.name in ("data", "columns", "prompt", "correction"):
-            parser.add_argument(as_flag(item.name), default="", help=item.metadata["help"])
+        if item.name in SHARED:
+            words, kind = item.metadata["help"], type(item.default)
+            parser.add_argument(as_flag(item.name), default=item.default, type=kind, help=words)
     parser.add_argument("--split", default="test", help="of the problems; code: test or mbpp")
     parser.add_argument("--ask", metavar="QUESTION", help="attempt this question, and print that")
     words = "correct given wrong first attempts: of a JSONL file, or (without FILE) of the base"

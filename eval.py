@@ -36,7 +36,7 @@ from data import InputError, Problem, read_jsonl
 from metrics import as_table, by_group, evaluate, intervals, measure
 from models import load_checkpoint
 from runs import base_in, disk_errors_explained, locked, read_json, write_atomically
-from sample import Attempt, Episode, Sampling, askable, rollout
+from sample import Attempt, Episode, Sampling, askable, check_sampling, rollout
 from tasks import (
     Chat,
     agree,
@@ -45,8 +45,8 @@ from tasks import (
     judge,
     load_problems,
     read_chat,
-    read_words,
     refining,
+    wording_of,
 )
 
 # --- 1. Votes: is it better to sample more, or to correct? ---------------------------------------
@@ -202,7 +202,8 @@ def answer_question(args: Namespace) -> None:
     problem = Problem(args.ask, answer=None, task=args.task, id=args.ask)
     attempts = 3 if args.refine else args.attempts
     sampling = Sampling(attempts, args.max_new_tokens, args.temperature, args.seed, args.rows)
-    [episode] = rollout(model, chat, askable([problem], model, chat, sampling), sampling)
+    asked, _ = askable([problem], model, chat, sampling)
+    [episode] = rollout(model, chat, asked, sampling)
     names = ["attempt 1", "feedback", "attempt 2"] if args.refine else None
     for number, attempt in enumerate(episode.attempts, start=1):
         cut = "" if attempt.finished else " (cut off: raise --max-new-tokens)"
@@ -267,12 +268,11 @@ def check_flags(args: Namespace) -> None:
 def load_with_chat(name: str, args: Namespace):
     """A model on this rank's device, and its Chat."""
     model, tokenizer = ranks.on_all_ranks(load_checkpoint, name, args.precision)
-    again, prompt = read_words("--correction", args.correction), read_words("--prompt", args.prompt)
-    if args.refine:
-        chat = ranks.on_all_ranks(refining, tokenizer, model, args.task, prompt)
-    else:
-        chat = ranks.on_all_ranks(read_chat, tokenizer, model, args.task, again, prompt)
-    return model.to(ranks.device()), chat
+    read = refining if args.refine else read_chat
+    chat = ranks.on_all_ranks(read, tokenizer, model, args.task, wording_of(args))
+    model.to(ranks.device())
+    ranks.on_all_ranks(check_sampling, model, 0)
+    return model, chat
 
 
 def base_attempts(args: Namespace, problems, sampling: Sampling) -> list[Episode]:

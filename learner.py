@@ -19,9 +19,9 @@ from config import Config, Stage
 from data import InputError, Problem
 from metrics import as_record, evaluate
 from runs import Progress, Run
-from sample import Episode, Sampling, askable
+from sample import Episode, Sampling, askable, check_sampling
 from sft import fit_builtin
-from tasks import Chat, load_problems, read_chat, read_words
+from tasks import Chat, load_problems, read_chat, wording_of
 
 
 @dataclass
@@ -102,9 +102,12 @@ def build(cfg: Config, plan: list[Stage], init: str, same_base: bool) -> tuple[L
     policy = ranks.on_all_ranks(models.load_checkpoint, init, cfg.precision)[0] if init else None
     ranks.on_all_ranks(fit_base, cfg, same_base)
     policy, ref, tokenizer = ranks.on_all_ranks(add_reference, policy, cfg, init)
-    chat, problems = ranks.on_all_ranks(questions, cfg, ref, tokenizer)
+    chat, problems, longest = ranks.on_all_ranks(questions, cfg, ref, tokenizer)
     base = models.fingerprint(ref)
-    full_copy, adam = models.distribute(policy, ref, cfg.precision), models.adam(policy, cfg.lr)
+    full_copy = models.distribute(policy, ref, cfg.precision)
+    whole = ranks.unshard(ref, full_copy)
+    ranks.on_all_ranks(check_sampling, whole, longest, bool(cfg.recompute))
+    adam = models.adam(policy, cfg.lr)
     return Learner(policy, ref, full_copy, adam, chat, problems, cfg, plan), base
 
 
@@ -120,7 +123,6 @@ def add_reference(policy, cfg: Config, init: str):
     """Policy (a copy of the base model if it is None), reference and tokenizer, on the CPU."""
     base = runs.base_in(Path(cfg.out), cfg.model)
     ref, tokenizer = models.load_checkpoint(base, cfg.precision)
-    models.check_head(ref)
     policy = policy or copy.deepcopy(ref)
     shapes = [[weight.shape for weight in model.parameters()] for model in (policy, ref)]
     if shapes[0] != shapes[1]:
@@ -130,12 +132,11 @@ def add_reference(policy, cfg: Config, init: str):
     return policy.requires_grad_(True), ref.requires_grad_(False), tokenizer
 
 
-def questions(cfg: Config, model, tokenizer) -> tuple[Chat, list[Problem]]:
-    """The Chat of a model, and the problems to train on that leave room for all attempts."""
-    again, prompt = read_words("--correction", cfg.correction), read_words("--prompt", cfg.prompt)
-    chat = read_chat(tokenizer, model, cfg.task, again, prompt)
+def questions(cfg: Config, model, tokenizer) -> tuple[Chat, list[Problem], int]:
+    """The Chat of a model, and `askable` problems to train on."""
+    chat = read_chat(tokenizer, model, cfg.task, wording_of(cfg))
     problems = load_problems(cfg.task, "train", None, cfg.data, cfg.ids, cfg.columns)
-    return chat, askable(problems, model, chat, Sampling(cfg.attempts, cfg.max_new_tokens))
+    return chat, *askable(problems, model, chat, Sampling(cfg.attempts, cfg.max_new_tokens))
 
 
 def enter_stage(learner: Learner, folder: Path, index: int, step: int) -> None:

@@ -19,7 +19,7 @@ def evaluate(model, chat: Chat, problems: list[Problem], sampling: Sampling, beg
 
     begun: an episode for each problem, whose attempts are given and continued.
     """
-    problems = ranks.on_all_ranks(askable, problems, model, chat, sampling)
+    problems, _ = ranks.on_all_ranks(askable, problems, model, chat, sampling)
     asked = {problem.id for problem in problems}
     begun = [episode for episode in begun if episode.problem.id in asked]
     local, episodes = ranks.local_slice(len(problems)), []

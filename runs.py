@@ -34,6 +34,7 @@ from tqdm import tqdm
 import ranks
 from config import (
     PATHS,
+    SHARED,
     Config,
     Stage,
     as_flag,
@@ -180,8 +181,8 @@ def train_command(cfg: Config, flags: str) -> str:
 def eval_command(cfg: Config, checkpoint: str) -> str:
     """The command that evaluates a checkpoint of a finished run."""
     flags = {"model": f"{cfg.out}/{checkpoint}", "task": "" if cfg.task == "sums" else cfg.task}
-    flags |= {name: getattr(cfg, name) for name in ("data", "columns", "prompt", "correction")}
     usual = {name: getattr(find_task(cfg.task), name) for name in ATTEMPT_FLAGS} | {"attempts": 2}
+    usual |= {name: getattr(Config, name) for name in SHARED}
     flags |= {name: value for name in usual if (value := getattr(cfg, name)) != usual[name]}
     return f"{ranks.launcher()} eval.py{as_words(flags)}"
 
@@ -474,6 +475,7 @@ def raise_alarms(lines: list[dict], base: dict, progress: Progress, fresh: bool)
         "sabotage: acc@t1 fell 5 points below the base while acc@t2 rose": full and fell,
         "cut off: over 10 % of attempts, raise --max-new-tokens": full and mean["cut_off"] > 0.1,
         "KL not zero at step 0: policy and reference differ": moved,
+        "sampled and scored differ, by over .5 nats a token": lines[-1]["on_policy_gap"] > 0.5,
     }
     new = [text for text, on in alarms.items() if on and text not in progress.raised]
     for text in new:

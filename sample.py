@@ -7,14 +7,16 @@ becomes does not depend on the rest of the batch. Next to read: cache.py.
 """
 
 import hashlib
+import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
-from cache import cache_for
+from cache import RowCache
 from data import InputError, Problem
+from models import head, last_hidden
 from tasks import Chat, judge
 
 # --- 1. What flows ---------------------------------------------------------------------------
@@ -97,7 +99,7 @@ def rollout_rows(model, chat: Chat, problems, sampling: Sampling, begun, uniform
     attempts = [list(episode.attempts) for episode in begun] or [[] for _ in problems]
     longest = max(map(len, prompts))
     columns = longest + chat.room(sampling.attempts, sampling.max_new_tokens)
-    cache = cache_for(model, len(problems), columns)
+    cache = RowCache(model, len(problems), columns)
     with torch.inference_mode():
         for number in range(len(attempts[0]), sampling.attempts):
             made = [segments(chat, *row) for row in zip(prompts, attempts, strict=True)]
@@ -149,6 +151,8 @@ def decode(cache, contexts, uniforms, sampling: Sampling, end_ids):
         token, logp = draw(logits, uniforms[live, step], sampling.temperature)  # (n,), (n,)
         for row, *sampled in zip(live.tolist(), token.tolist(), logp.tolist(), strict=True):
             answers[row].append(sampled)
+            if math.isnan(sampled[1]):
+                raise InputError("a logit is not a number: the weights are damaged, take others")
         kept = cache.keep(~torch.isin(token, ends))
         if not len(kept) or step + 1 == sampling.max_new_tokens:
             break
@@ -168,6 +172,7 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float):
     else:
         cdf = probabilities.cumsum(dim=-1)
         token = torch.searchsorted(cdf, (1 - uniform)[:, None] * cdf[:, -1:])[:, 0]
+        token = token.clamp(max=logits.shape[1] - 1)  # of NaN, which `decode` tells
     return token, probabilities.gather(1, token[:, None])[:, 0].log()
 
 
@@ -187,17 +192,74 @@ def seeded(key: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big", signed=True))
 
 
-def askable(problems, model, chat: Chat, sampling: Sampling) -> list[Problem]:
-    """The problems that leave room for all attempts; the others are counted, never cut."""
-    positions = getattr(model.config, "max_position_embeddings", None) or 10**9
-    room = positions - chat.room(sampling.attempts, sampling.max_new_tokens)
-    kept = [problem for problem in problems if len(chat.x1(problem)) <= room]
+def askable(problems, model, chat: Chat, sampling: Sampling) -> tuple[list[Problem], int]:
+    """The problems that leave room for all attempts, and the most tokens of one with these.
+
+    The others are counted, never cut.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    room = chat.room(sampling.attempts, sampling.max_new_tokens)
+    lengths = chat.x1_lengths(problems)
+    fits = [length + room <= positions for length in lengths]
+    kept = [problem for problem, fit in zip(problems, fits, strict=True) if fit]
     if len(kept) < len(problems):
         skipped = len(problems) - len(kept)
         print(f"skipped {skipped} of {len(problems)} problems: too long a prompt", file=sys.stderr)
     if not kept:
         raise InputError("no problem leaves room for the attempts: lower --max-new-tokens")
-    return kept
+    return kept, room + max(n for n, fit in zip(lengths, fits, strict=True) if fit)
+
+
+# KL of scored to sampled next tokens, in nats, up to which rounding may be the cause
+ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+
+def check_sampling(model, longest: int, training: bool = False) -> None:
+    """Raise InputError for a model that does not sample from the distribution it is scored by.
+
+    Two rows are read and continued as `rollout` does it, and scored by the model's own forward, in
+    the mode of `training`; and a row of `longest` tokens has to begin as a short one does.
+    """
+    rows = torch.randint(model.get_input_embeddings().num_embeddings, (2, 24), generator=seeded(""))
+    a, b = rows.tolist()
+    sampled, tokens = {}, rows.to(model.device)  # logits by row and position
+    try:
+        with torch.inference_mode():
+            cache = RowCache(model, 2, 32)
+            live, logits = cache.read([a[:9], b[:5]])
+            sampled |= {(row, (8, 4)[row]): logits[i] for i, row in enumerate(live.tolist())}
+            logits = cache.step(tokens[[0, 1], [9, 5]][live])
+            sampled |= {(row, (9, 5)[row]): logits[i] for i, row in enumerate(live.tolist())}
+            cache.keep(live == 1)
+            sampled[1, 6] = cache.step(tokens[1, 6:7])[0]
+            live, logits = cache.read([a[:16], b[:21]])
+            sampled |= {(row, (15, 20)[row]): logits[i] for i, row in enumerate(live.tolist())}
+            model.train(training)
+            scored = model(tokens, use_cache=False).logits.float().log_softmax(dim=-1)  # (2, 24, V)
+            found = {place: found.log_softmax(dim=-1) for place, found in sampled.items()}
+            gaps = [kl(scored[place], logp) for place, logp in found.items()]
+            if longest > 24:
+                long = tokens[:1].repeat(1, -(-longest // 24))[:, :longest]
+                begun = head(model, last_hidden(model, long)[0, :24]).log_softmax(dim=-1)
+                gaps += [kl(*pair) for pair in zip(begun, scored[0], strict=True)]
+    except Exception as error:  # whatever another architecture raises
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise InputError(
+            f"--model {model.name_or_path} cannot be sampled ({reason}): it has to be a decoder "
+            "with attention in all layers"
+        ) from error
+    finally:
+        model.eval()
+    if not max(gaps) <= ROUNDING[model.dtype]:
+        raise InputError(
+            f"--model {model.name_or_path} samples and scores differently (by {max(gaps):.2g} nats "
+            "a token), so training would be off-policy: choose another model"
+        )
+
+
+def kl(one: torch.Tensor, two: torch.Tensor) -> float:
+    """Of log-probs (V,)."""
+    return (one.exp() * (one - two)).sum().item()
 
 
 # --- 3. For training: problems of a step, and transcripts of the attempts ------------------------

@@ -313,13 +313,14 @@ def update(learner: Learner, episodes: list[Episode], stage: Stage, beta2: float
             mask = attempt_ids[:, 1:] == i + 1  # (B, T)
             expected = baseline[i][batch] if siblings else None
             y.append(AttemptBatch(r[batch, i], expected, logp * mask, kl * mask))
+            if weight and stage.sampler == "policy":
+                rows_of = [episodes[row] for row in batch if i or not episodes[row].offline]
+                sampled = torch.tensor([x for e in rows_of for x in e.attempts[i].logp])
+                gaps += (logp[mask].cpu() - sampled).abs().tolist()
         loss = -weight * stage.objective(y, cfg).sum() / len(episodes)
         loss.backward()
         if weight:
             kls += torch.stack([attempt.kl.sum(dim=1) for attempt in y], dim=1).tolist()  # B rows
-        if weight and stage.sampler == "policy":
-            sampled = torch.tensor([x for i in batch for x in episodes[i].attempts[-1].logp])
-            gaps.append((logp[mask].cpu() - sampled).abs().max().item())
     policy.eval()
     norm = ranks.full_tensor(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip))
     if not norm.isfinite():
@@ -329,7 +330,7 @@ def update(learner: Learner, episodes: list[Episode], stage: Stage, beta2: float
     sums = map(sum, zip(*ranks.all_gather(kls), strict=True))
     metrics = {f"kl_t{i}": total / len(episodes) for i, total in enumerate(sums, start=1)}
     advantage = (r[:, -1] - baseline[-1]).abs().mean().item() if siblings else 0.0
-    gap = max(ranks.all_gather(gaps), default=0.0)
+    gap = max(ranks.all_gather([max(gaps, default=0.0)]))
     return metrics | {"advantage": advantage, "grad_norm": norm.item(), "on_policy_gap": gap}
 
 

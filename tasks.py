@@ -19,7 +19,8 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache
+from datetime import date
+from functools import cache, partial
 from pathlib import Path
 
 import rewards
@@ -380,6 +381,7 @@ class Chat:
     p1: list[int]
     end_ids: tuple[int, ...]
     close_id: int
+    render: Callable[[list[dict]], str]  # messages as text, by the model's chat template
     p2: list[int] | None = None
     prompt: str = ""  # the first prompt, if it is not the task's
 
@@ -394,10 +396,18 @@ class Chat:
 
     def x1(self, problem: Problem) -> list[int]:
         """The first prompt's token ids; the template writes the one BOS."""
+        return self.tokenizer(self.first_text(problem), add_special_tokens=False).input_ids
+
+    def first_text(self, problem: Problem) -> str:
+        """The first prompt, in the model's template."""
         asked = self.prompt.replace("{question}", problem.question)
         asked = asked or find_task(problem.task).first(problem)
-        text = _render(self.tokenizer, [{"role": "user", "content": asked}])
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return self.render([{"role": "user", "content": asked}])
+
+    def x1_lengths(self, problems: list[Problem]) -> list[int]:
+        """The lengths of their first prompts in tokens, all at once, which is faster."""
+        texts = [self.first_text(problem) for problem in problems]
+        return list(map(len, self.tokenizer(texts, add_special_tokens=False).input_ids))
 
     def text(self, tokens: list[int]) -> str:
         """An attempt as text, without its end token; stray special tokens stay visible."""
@@ -405,16 +415,66 @@ class Chat:
         return self.tokenizer.decode(tokens[:-1] if ended else tokens).strip()
 
 
-def _render(tokenizer, messages: list[dict]) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+@dataclass(frozen=True)
+class Wording:
+    """What flags change in how it is asked; date is what a chat template takes for today's."""
+
+    prompt: str = ""
+    again: str = ""
+    thinking: bool = False
+    date: str = "2024-10-04"
 
 
-def refining(tokenizer, model, task: str, prompt: str = "") -> Chat:
+USUAL = Wording()
+
+
+def wording_of(settings) -> Wording:
+    """Of a Config, or of eval.py's flags; reads the files of --prompt and --correction."""
+    words = {"prompt": settings.prompt, "correction": settings.correction}
+    prompt, again = (read_words(f"--{name}", path) for name, path in words.items())
+    try:
+        date.fromisoformat(settings.date)
+    except ValueError as error:
+        raise InputError(f"--date {settings.date} is no date such as 2024-10-04") from error
+    return Wording(prompt, again, bool(settings.thinking), settings.date)
+
+
+def fixed_date(template: str, day: str) -> str:
+    """A chat template that takes `day` for today: prompts must not change at midnight."""
+    if "strftime_now" not in template:
+        return template
+    today = date.fromisoformat(day)
+    parts = (f".replace('%{letter}', '{today.strftime('%' + letter)}')" for letter in "aAbBdjmuyY")
+    return (
+        f"{{% macro strftime_now(form) %}}{{{{ form{''.join(parts)} }}}}{{% endmacro %}}{template}"
+    )
+
+
+def render(tokenizer, completion: str, wording: Wording, messages: list[dict]) -> str:
+    """Messages as text by the model's chat template, or by `completion` if it has none."""
+    try:
+        own = tokenizer.chat_template and tokenizer.get_chat_template()
+        return tokenizer.apply_chat_template(
+            messages,
+            chat_template=fixed_date(own or completion, wording.date),
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=wording.thinking,
+        )
+    except Exception as error:  # whatever a template raises
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"the chat template of {tokenizer.name_or_path} cannot be used ({reason}): name "
+            "another --model"
+        ) from error
+
+
+def refining(tokenizer, model, task: str, wording: Wording = USUAL) -> Chat:
     """The Chat of Self-Refine: attempt 1, then feedback on it, and then attempt 2."""
     known = find_task(task)
     feedback, refine = known.feedback or known.again, known.refine or known.again
-    p2 = read_chat(tokenizer, model, task, refine).p1
-    return replace(read_chat(tokenizer, model, task, feedback, prompt), p2=p2)
+    p2 = read_chat(tokenizer, model, task, replace(wording, again=refine)).p1
+    return replace(read_chat(tokenizer, model, task, replace(wording, again=feedback)), p2=p2)
 
 
 def read_words(flag: str, path: str) -> str:
@@ -429,29 +489,30 @@ def read_words(flag: str, path: str) -> str:
     return text
 
 
-def read_chat(tokenizer, model, task: str, again: str = "", prompt: str = "") -> Chat:
+def read_chat(tokenizer, model, task: str, wording: Wording = USUAL) -> Chat:
     """The Chat of a model: p1 and the end tokens, read from template and configs together.
 
-    again, prompt: words, if they are not the task's. A tokenizer without a chat template gets
-    COMPLETION_TEMPLATE. Raises InputError if there is no token that could end an attempt.
+    For a tokenizer without a chat template COMPLETION_TEMPLATE stands in. Raises InputError if
+    there is no token that could end an attempt.
     """
     completion = COMPLETION_TEMPLATE.replace("CUE", find_task(task).cue)
-    tokenizer.chat_template = tokenizer.chat_template or completion
+    write = partial(render, tokenizer, completion, wording)
     marker = "ATTEMPT"
     messages = [
         {"role": "user", "content": "QUESTION"},
         {"role": "assistant", "content": marker},
-        {"role": "user", "content": again or find_task(task).again},
+        {"role": "user", "content": wording.again or find_task(task).again},
     ]
-    after = _render(tokenizer, messages).partition(marker)[2]
+    after = write(messages).partition(marker)[2].lstrip()
     ids = tokenizer(after, add_special_tokens=False).input_ids
     listed = [tokenizer.eos_token_id, model.config.eos_token_id]
     listed.append(model.generation_config.eos_token_id if model.can_generate() else None)
     end_ids = {i for one in listed for i in (one if isinstance(one, list) else [one])} - {None}
-    if not ids or ids[0] not in end_ids | set(tokenizer.all_special_ids):
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if not ids or ids[0] not in end_ids | special:
         raise InputError(
             f"{tokenizer.name_or_path} has no end token: its chat template must close an answer "
             "with one, or its tokenizer name an eos_token"
         )
     end_ids = tuple(sorted(end_ids | {ids[0]}))
-    return Chat(tokenizer, ids[1:], end_ids, ids[0], prompt=prompt)
+    return Chat(tokenizer, ids[1:], end_ids, ids[0], write, prompt=wording.prompt)

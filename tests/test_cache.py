@@ -1,92 +1,182 @@
-"""The two caches: the same episodes, and no token is read twice."""
+"""Sampling, for every family of models: what is read, where it is kept, and what is refused."""
 
-from dataclasses import replace
+import copy
 
 import pytest
 import torch
+import transformers
 from conftest import make_model
+from gemma import gemma_tokenizer
 from test_sample import greedy_without_cache
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
 
 import cache
-import sample
-from cache import AnyCache, Gemma2Cache, cache_for
-from sample import Sampling, rollout
-from sft import builtin_tokenizer
+from cache import RowCache
+from data import InputError, Problem
+from models import load_checkpoint, save_checkpoint
+from sample import Sampling, check_sampling, rollout, transcript
 from tasks import read_chat
+
+# --- 1. Families -------------------------------------------------------------------------------
+
+SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "vocab_size": 900}
+SIZES |= {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 256}
+ENDS = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+NARROW = {"sliding_window": 12}  # narrower than any prompt
+HEADS = {"head_dim": 16, "query_pre_attn_scalar": 16}
+MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+GPT2 = {"vocab_size": 900, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+FAMILIES = {
+    "Llama": SIZES,
+    "Qwen2": {**SIZES, **NARROW, "use_sliding_window": True, "max_window_layers": 1},
+    "Qwen3": {**SIZES, "head_dim": 16},
+    "Mistral": {**SIZES, **NARROW},
+    "Gemma2": {**SIZES, **NARROW, **HEADS},
+    "Gemma3Text": {**SIZES, **NARROW, **HEADS, **MIXED},
+    "Phi3": {**SIZES, **NARROW},
+    "GPT2": GPT2,
+}
+
+
+def make(family: str, **settings):
+    """A random model of a family, whose attention and window are felt."""
+    settings = {**FAMILIES.get(family, SIZES), **ENDS, **settings}
+    config = getattr(transformers, f"{family}Config")(**settings)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.add_(0.15 * torch.randn_like(weight))
+    return model
 
 
 @pytest.fixture
-def any_cache(monkeypatch):
-    """Let Gemma 2 take the path of any other model, when called."""
-
-    def switch():
-        monkeypatch.setattr(sample, "cache_for", lambda model, rows, columns: AnyCache(model))
-
-    return switch
+def asked():
+    """Two samples of each problem; the prompts differ in length."""
+    problems = [Problem("much " * n + "is it?", "1", "math", str(n)) for n in (1, 17, 6)]
+    return [problem for problem in problems for _ in range(2)]
 
 
-def tokens_and_logp(episodes):
-    tokens = [[y.tokens for y in e.attempts] for e in episodes]
-    return tokens, torch.tensor([x for e in episodes for y in e.attempts for x in y.logp])
+def chat_of(model):
+    """With many end tokens, so that attempts end at different times."""
+    chat = read_chat(gemma_tokenizer(), model, "sums")
+    return chat.__class__(**{**vars(chat), "end_ids": (1, 107, *range(120, 320))})
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
-def test_both_caches_sample_the_same_episodes(model, chat, problems, any_cache, temperature):
-    sampling = Sampling(3, 6, temperature, seed="s")
-    fast = rollout(model, chat, problems * 8, sampling)
-    assert isinstance(cache_for(model, 1, 1), Gemma2Cache)
-    any_cache()
-    tokens, logp = tokens_and_logp(rollout(model, chat, problems * 8, sampling))
-    assert tokens == tokens_and_logp(fast)[0]
-    torch.testing.assert_close(logp, tokens_and_logp(fast)[1], rtol=0, atol=1e-4)
-    lengths = {len(y) for row in tokens for y in row}
-    assert len(lengths) > 3  # rows did finish at different times
+@pytest.fixture(params=FAMILIES)
+def family(request, tmp_path):
+    save_checkpoint(tmp_path / "model", make(request.param), gemma_tokenizer())
+    return load_checkpoint(str(tmp_path / "model"))[0]
 
 
-def test_first_attempts_from_another_model_are_read_and_continued_by_both(
-    model, chat, problems, any_cache
-):
-    sampling = Sampling(2, 6, 1.0, seed="s")
-    begun = rollout(make_model(3), chat, problems, replace(sampling, attempts=1))
-    fast = rollout(model, chat, problems, sampling, begun)
-    any_cache()
-    slow = rollout(model, chat, problems, sampling, begun)
-    assert tokens_and_logp(slow)[0] == tokens_and_logp(fast)[0]
-
-
-def test_another_causal_lm_decodes_as_without_cache(problems):
-    tokenizer = builtin_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-    )
-    llama = LlamaForCausalLM(config).eval()
-    assert isinstance(cache_for(llama, 1, 1), AnyCache)
-    chat = replace(read_chat(tokenizer, llama, "sums"), end_ids=(2, *range(20, 60)))
-    episodes = rollout(llama, chat, problems, Sampling(3, 6, temperature=0.0))
-    for episode in episodes:
-        expected = greedy_without_cache(llama, chat, episode.x1, 3, 6)
+def test_greedy_rollouts_are_decoding_without_cache_token_for_token(family, asked):
+    chat = chat_of(family)
+    check_sampling(family, 200)
+    check_sampling(family, 200, training=True)
+    episodes = rollout(family, chat, asked, Sampling(3, 9, temperature=0.0))
+    for episode in episodes[::2]:
+        expected = greedy_without_cache(family, chat, episode.x1, 3, 9)
         assert [y.tokens for y in episode.attempts] == expected
-    assert len({len(y.tokens) for e in episodes for y in e.attempts}) > 1
+
+
+def test_sampled_log_probs_are_the_scored_ones_and_rows_are_independent(family, asked):
+    chat, sampling = chat_of(family), Sampling(3, 9, 1.0)
+    episodes = rollout(family, chat, asked, sampling)
+    assert len({len(y.tokens) for e in episodes for y in e.attempts}) > 3
+    for episode in episodes:
+        tokens, ids = zip(*transcript(episode, chat), strict=True)
+        with torch.no_grad():
+            logits = family(torch.tensor([tokens]), use_cache=False).logits[0, :-1].float()
+        logp = logits.log_softmax(dim=-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+        scored = logp[torch.tensor(ids[1:]) > 0]
+        sampled = torch.tensor([x for y in episode.attempts for x in y.logp])
+        torch.testing.assert_close(sampled, scored, rtol=0, atol=1e-4)
+    alone = rollout(family, chat, asked, Sampling(3, 9, 1.0, rows=1))
+    tokens = [[[y.tokens for y in e.attempts] for e in made] for made in (episodes, alone)]
+    assert tokens[0] == tokens[1]
+
+
+# --- 2. What is refused --------------------------------------------------------------------------
+
+
+def scaled_logits():
+    model = make("Llama")
+    model.lm_head.register_forward_hook(lambda *_: _[2] / 3)
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: scale(forward(*args, **kwargs))
+    return model
+
+
+def scale(out):
+    out.logits = out.logits / 3
+    return out
+
+
+def noisy_in_training():
+    model = make("Llama")
+
+    class Noise(nn.Module):
+        def forward(self, hidden):
+            return hidden + torch.randn_like(hidden) * self.training
+
+    model.model.norm = nn.Sequential(model.model.norm, Noise())
+    return model
+
+
+def long_rope():
+    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    scaling |= {"factor": 4.0, "rope_theta": 100.0}
+    return make("Phi3", rope_parameters=scaling, original_max_position_embeddings=64)
+
+
+REFUSED = {
+    "Mamba": lambda: make("Mamba"),
+    "FalconMamba": lambda: make("FalconMamba", intermediate_size=64, state_size=4),
+    "BART": lambda: make("Bart", d_model=32, decoder_layers=2, decoder_ffn_dim=64),
+    "Bloom": lambda: make("Bloom"),
+    "GptOss": lambda: make("GptOss", **NARROW, head_dim=16, num_local_experts=2),
+    "Cohere": lambda: make("Cohere"),
+    "other logits": scaled_logits,
+    "other in training": noisy_in_training,
+    "other when long": long_rope,
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_model_that_is_sampled_and_scored_differently_is_refused_in_one_sentence(kind):
+    model = REFUSED[kind]()
+    with pytest.raises(InputError) as found:
+        check_sampling(model, 200, training=kind == "other in training")
+    message = str(found.value)
+    assert ("samples and scores differently" in message) or ("cannot be sampled" in message)
+    assert "\n" not in message and not model.training
+    if kind in ("other in training", "other when long"):
+        check_sampling(model, 60)
+
+
+def test_a_weight_that_is_not_a_number_is_told(asked):
+    model = make("Llama")
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.nan
+    for temperature in (0.0, 1.0):
+        with pytest.raises(InputError, match="not a number"):
+            rollout(model, chat_of(model), asked, Sampling(2, 4, temperature))
+
+
+# --- 3. What is read, and where it is kept -------------------------------------------------------
 
 
 def test_each_token_is_read_once_and_a_prompt_once_for_all_its_samples(
     model, chat, problems, monkeypatch
 ):
-    read, last_hidden = [], cache.last_hidden
+    read, forward = [], RowCache.forward
 
-    def counted(model, tokens, *rest):
-        read.append(len(tokens))
-        return last_hidden(model, tokens, *rest)
+    def counted(rows, tokens, positions, columns):
+        read.append(int((columns < rows.columns).sum()))  # pads stand in one more column
+        return forward(rows, tokens, positions, columns)
 
-    monkeypatch.setattr(cache, "last_hidden", counted)
+    monkeypatch.setattr(RowCache, "forward", counted)
     groups = [problem for problem in problems for _ in range(4)]
     episodes = rollout(model, chat, groups, Sampling(2, 6, 1.0))
     prompts = sum(len(e.x1) for e in episodes[::4])
@@ -100,21 +190,26 @@ def test_each_token_is_read_once_and_a_prompt_once_for_all_its_samples(
 
 def test_what_stands_in_unused_columns_is_never_seen(model, chat, problems, monkeypatch):
     plain = rollout(model, chat, problems, Sampling(2, 6, 1.0))
-    make = Gemma2Cache.__init__
+    make_room = cache.Layer.lazy_initialization
 
-    def dirty(self, *args):
-        make(self, *args)
-        for keys, values in self.layers:
-            keys.fill_(1e4)
-            values.fill_(1e4)
+    def dirty(layer, *states):
+        make_room(layer, *states)
+        layer.keys.fill_(1e4)
+        layer.values.fill_(1e4)
 
-    monkeypatch.setattr(Gemma2Cache, "__init__", dirty)
+    monkeypatch.setattr(cache.Layer, "lazy_initialization", dirty)
     assert rollout(model, chat, problems, Sampling(2, 6, 1.0)) == plain
+
+
+def test_the_model_attends_as_before_after_it_has_sampled(model, chat, problems):
+    usual = model.config._attn_implementation
+    rollout(model, chat, problems, Sampling(2, 6, 1.0))
+    assert model.config._attn_implementation == usual == "eager"
 
 
 @torch.inference_mode()
 def test_finished_rows_leave_and_come_back_in_their_place():
-    rows = Gemma2Cache(make_model(0), rows=5, columns=9)
+    rows = RowCache(make_model(0), rows=5, columns=9)
     live, _ = rows.read([[2, 5], [2, 6, 7], [2], [2, 5], [2, 9]])
     kept = rows.keep(torch.tensor([False, True, True, False, True]))
     assert sorted(live[kept].tolist()) == [1, 2, 4]
@@ -142,3 +237,15 @@ def test_in_bfloat16_sampled_and_scored_log_probs_agree_to_its_rounding(chat, pr
         picked = scored.gather(1, torch.tensor(y.tokens)[:, None])[:, 0]
         gaps += (picked - torch.tensor(y.logp)).abs().tolist()
     assert 0 < sum(gaps) / len(gaps) < 0.05
+
+
+def test_first_attempts_from_another_model_are_read_and_continued(model, chat, problems):
+    begun = rollout(make_model(3), chat, problems, Sampling(1, 6, 1.0))
+    episodes = rollout(model, chat, problems, Sampling(2, 6, 0.0), begun)
+    for episode, first in zip(episodes, begun, strict=True):
+        assert episode.attempts[0] == first.attempts[0] and episode.offline
+        y1 = first.attempts[0]
+        closing = [] if y1.finished else [chat.close_id]
+        context = [*episode.x1, *y1.tokens, *closing, *chat.p1]
+        expected = greedy_without_cache(model, copy.copy(chat), context, 1, 6)
+        assert [episode.attempts[1].tokens] == expected

@@ -204,7 +204,8 @@ def test_own_questions_are_trained_on_in_own_words(folder, small, tmp_path, caps
     tokenizer = gemma_tokenizer()
     x1 = tokenizer.decode(json.loads(lines[0])["x1"])
     assert "Answer this: Half of 1? Please!" in x1 and "math expert" not in x1
-    chat = tasks.read_chat(tokenizer, gemma_model(tokenizer), "answers", "Look again.")
+    wording = tasks.Wording(again="Look again.")
+    chat = tasks.read_chat(tokenizer, gemma_model(tokenizer), "answers", wording)
     assert "Look again." in tokenizer.decode(chat.p1)
     (tmp_path / "prompt.txt").write_text("Answer this:")
     text = tasks.read_words("--prompt", str(tmp_path / "prompt.txt"))

@@ -98,7 +98,8 @@ def test_a_run_writes_its_folder_and_checkpoints_load(finished):
     assert all(line["on_policy_gap"] < 1e-3 for line in lines)
     for stage in ("stage1", "stage2"):
         model, tokenizer = load_checkpoint(str(finished / stage))
-        assert tokenizer.chat_template and model.config._attn_implementation == "eager"
+        assert not tokenizer.chat_template  # which would keep the task's cue
+        assert model.config._attn_implementation == "eager"
     samples = (finished / "samples.txt").read_text()
     assert "attempt 1" in samples and "wrong" in samples and "problem" in samples
     assert not [path for path in finished.iterdir() if path.suffix in (".part", ".old")]
@@ -631,6 +632,7 @@ def line(step, **metrics):
         "copied": 0.5,
         "cut_off": 0.0,
         "unreadable": 0.0,
+        "on_policy_gap": 0.0,
         "kl_t1": 0.0,
         "kl_t2": 0.0,
     }
@@ -649,6 +651,7 @@ def line(step, **metrics):
         ({"copied": 0.97}, None),  # the base model does so, too
         ({"acc_t1": 0.0, "acc_t2": 0.0, "copied": 0.99}, "no reward"),  # not a collapse
         ({"unreadable": 0.97, "copied": 0.99}, "no reward"),
+        ({"on_policy_gap": 0.6}, "sampled and scored differ, by over .5 nats a token"),
     ],
 )
 def test_an_alarm_is_raised_once(metrics, word, capsys):

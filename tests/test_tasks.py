@@ -3,9 +3,11 @@
 import pytest
 from conftest import make_model
 from gemma import gemma_model, gemma_tokenizer
+from tokenizers import AddedToken
 
 import data
 import tasks
+from config import configure
 from data import InputError, Problem
 from sample import Attempt, Sampling, askable, segments
 from sft import builtin_tokenizer
@@ -98,7 +100,8 @@ def test_a_prompt_too_long_for_the_model_skips_its_problem_with_a_count(capsys):
     )
     model.config.max_position_embeddings = 46  # room for a prompt of 20 tokens
     long = data.Problem(" ".join(["1+1"] * 50) + " =", "2", "sums", "long")
-    assert askable([*problems, long], model, chat, Sampling(2, 10)) == list(problems)
+    kept, longest = askable([*problems, long], model, chat, Sampling(2, 10))
+    assert kept == list(problems) and longest == len(chat.x1(problems[0])) + 2 * (10 + 1 + 2)
     assert "skipped 1 of 5" in capsys.readouterr().err
 
 
@@ -149,3 +152,88 @@ def test_a_base_model_gets_a_plain_layout():
     again = f"\n\n{tasks.MATH_CORRECTION}\n\nSolution:"
     assert chat.p1 == tokenizer(again, add_special_tokens=False).input_ids
     assert chat.close_id == 1
+
+
+# --- Chat templates of other families ------------------------------------------------------------
+
+ASKS = "{% for m in messages %}{{ m.role + ' ' + m.content }}"
+CLOSED = "{% if m.role == 'assistant' %}{}{% endif %}{% endfor %} go"
+
+
+def templated(template: str, *ends: str):
+    """A tokenizer whose template closes answers, with added tokens that are special."""
+    tokenizer = gemma_tokenizer()
+    tokenizer.add_tokens([AddedToken(end, special=True) for end in ends])
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (ASKS + CLOSED.replace("{}", " <eos>"), "<eos>"),  # a space before it
+        (ASKS + CLOSED.replace("{}", "\n<|EOT|>\n"), "<|EOT|>"),  # special, but not the eos
+    ],
+)
+def test_an_end_token_may_follow_white_space_and_be_an_added_one(template, end):
+    tokenizer = templated(template, "<|EOT|>")
+    chat = read_chat(tokenizer, gemma_model(tokenizer), "math")
+    assert chat.close_id == tokenizer.convert_tokens_to_ids(end) in chat.end_ids
+    assert tokenizer.decode(chat.p1).strip().startswith("user")
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[0].content }", "cannot be used"),
+        ({"tool_use": "{{ messages }}", "rag": "{{ messages }}"}, "cannot be used"),
+    ],
+)
+def test_a_template_that_fails_is_one_sentence(template, words):
+    tokenizer = templated(template)
+    with pytest.raises(InputError) as found:
+        read_chat(tokenizer, gemma_model(tokenizer), "math")
+    message = str(found.value)
+    assert "the chat template of small gemma" in message and words in message
+    assert "\n" not in message
+
+
+def test_a_template_without_any_end_token_is_refused():
+    tokenizer = templated(ASKS + "{% endfor %}")
+    with pytest.raises(InputError, match="has no end token"):
+        read_chat(tokenizer, gemma_model(tokenizer), "math")
+
+
+def test_what_a_template_prints_as_todays_date_is_fixed():
+    today = "{{ strftime_now('%d %b %Y') }} " + ASKS + CLOSED.replace("{}", "<eos>")
+    tokenizer = templated(today)
+    other = tasks.Wording(date="2026-01-31")
+    for wording, day in ((tasks.USUAL, "04 Oct 2024"), (other, "31 Jan 2026")):
+        chat = read_chat(tokenizer, gemma_model(tokenizer), "math", wording)
+        assert chat.first_text(Problem("1?", "1", "math", "1")).startswith(day)
+    with pytest.raises(InputError, match="--date tomorrow is no date"):
+        tasks.wording_of(configure({"date": "tomorrow"}))
+
+
+def test_thinking_is_asked_for_only_by_its_flag():
+    switch = ASKS + CLOSED.replace("{}", "<eos>")
+    switch += "{% if not enable_thinking %} (no thoughts){% endif %}"
+    tokenizer = templated(switch)
+    problem = Problem("1?", "1", "math", "1")
+    for flag, quiet in ((0, True), (1, False)):
+        wording = tasks.wording_of(configure({"thinking": flag}))
+        chat = read_chat(tokenizer, gemma_model(tokenizer), "math", wording)
+        assert chat.first_text(problem).endswith("(no thoughts)") == quiet
+        assert tokenizer.decode(chat.p1).endswith("(no thoughts)") == quiet
+
+
+def test_a_base_models_cue_is_not_kept_with_its_tokenizer():
+    tokenizer = builtin_tokenizer()
+    tokenizer.chat_template = None
+    model = make_model(0)
+    math, code = (read_chat(tokenizer, model, task) for task in ("math", "code"))
+    problem = Problem("1?", "1", "math", "1")
+    assert tokenizer.chat_template is None
+    assert math.first_text(problem).endswith("Solution:")
+    assert not code.first_text(problem).endswith("Solution:")
