@@ -7,6 +7,7 @@ flag are answered at once. Next to read: learner.py.
 import argparse
 import contextlib
 import io
+import json
 import math
 import os
 import signal
@@ -231,15 +232,19 @@ def parse_train_flags(words: str, argv: list[str] | None = None) -> dict:
 
 
 def parse_eval_flags(words: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """All flags of eval.py."""
+    """All flags of eval.py; those that say how it is asked are by default those of the run."""
     parser = argparse.ArgumentParser(description=words.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", help="checkpoint folder, or name on the Hugging Face hub")
-    words = f"{', '.join(TASKS)}, or a Python file with TASK = Task(..)"
-    parser.add_argument("--task", default="sums", help=words)
+    words = f"{', '.join(TASKS)}, or a Python file with TASK = Task(..) (default: the run's, sums)"
+    parser.add_argument("--task", default=argparse.SUPPRESS, help=words)
     for item in fields(Config):
-        if item.name in SHARED:
-            words, kind = item.metadata["help"], type(item.default)
-            parser.add_argument(as_flag(item.name), default=item.default, type=kind, help=words)
+        if item.name in (*SHARED, *ATTEMPT_FLAGS):
+            words = ATTEMPT_FLAGS.get(item.name, item.metadata["help"])
+            kind = {"default": argparse.SUPPRESS, "type": type(item.default)}
+            usual = "the run's"
+            if item.name in ATTEMPT_FLAGS:
+                usual += "".join(f", {task}: {getattr(TASKS[task], item.name)}" for task in TASKS)
+            parser.add_argument(as_flag(item.name), help=f"{words} (default: {usual})", **kind)
     parser.add_argument("--split", default="test", help="of the problems; code: test or mbpp")
     parser.add_argument("--ask", metavar="QUESTION", help="attempt this question, and print that")
     words = "correct given wrong first attempts: of a JSONL file, or (without FILE) of the base"
@@ -250,10 +255,6 @@ def parse_eval_flags(words: str, argv: list[str] | None = None) -> argparse.Name
     parser.add_argument("--refine", action="store_true", help=words)
     parser.add_argument("--attempts", type=int, default=2, help="at each problem (default: 2)")
     parser.add_argument("--temperature", type=float, help="0, the default, is greedy")
-    for name, words in ATTEMPT_FLAGS.items():
-        usual = {task: getattr(TASKS[task], name) for task in TASKS}
-        text = f"{words} ({', '.join(f'{task}: {value}' for task, value in usual.items())})"
-        parser.add_argument(as_flag(name), type=type(usual["sums"]), help=text)
     parser.add_argument("--seed", default="eval", help="of sampling, at a temperature above 0")
     words = "folder to write to (default: RUN/eval/STAGE for the checkpoint RUN/STAGE)"
     parser.add_argument("--out", type=Path, help=words)
@@ -261,10 +262,30 @@ def parse_eval_flags(words: str, argv: list[str] | None = None) -> argparse.Name
     words = "one HTML page on a run or an evaluation, or on two of them side by side"
     parser.add_argument("--report", type=Path, nargs="+", metavar="FOLDER", help=words)
     parser.error = reject
-    args = parser.parse_args(argv)
-    for name in ATTEMPT_FLAGS:
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(find_task(args.task), name))
+    typed = vars(parser.parse_args(argv))
+    of_run = settings_of_run(typed["model"], typed.get("task"))
+    known = find_task(typed.get("task") or of_run.get("task", Config.task))
+    usual = {name: getattr(Config, name) for name in ("task", *SHARED)}
+    usual |= {name: getattr(known, name) for name in ATTEMPT_FLAGS}
+    args = argparse.Namespace(**{**usual, **of_run, **typed})
+    args.as_in_run = {
+        name: x for name, x in of_run.items() if x not in (usual[name], typed.get(name))
+    }
     if args.temperature is None:
         args.temperature = VOTES_TEMPERATURE if args.samples else 0.0
     return args
+
+
+def settings_of_run(model: str | None, task: str | None) -> dict:
+    """How it was asked in the run of a checkpoint; {} if there is none, or it had another task.
+
+    Needs no torch, as --help does.
+    """
+    record = Path(model or "").absolute().parent / "config.json"
+    try:
+        settings = dict(json.loads(record.read_text("utf-8"))["settings"]) if model else {}
+    except (OSError, ValueError, KeyError, TypeError):  # no run
+        return {}
+    if task and with_absolute_paths({"task": task})["task"] != settings.get("task"):
+        return {}
+    return {n: settings[n] for n in ("task", *SHARED, *ATTEMPT_FLAGS) if n in settings}

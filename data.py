@@ -160,8 +160,8 @@ def as_problems(rows: list[dict], split: str) -> tuple[Problem, ...]:
     for row in rows:
         boxed = [box for box, *_ in boxes(row.get("solution") or "")]
         answer = (row.get("answer") or (boxed[-1] if boxed else "")).strip()
-        skipped += not answer
-        if answer:
+        skipped += not (answer and row["problem"])
+        if answer and row["problem"]:
             subject = row.get("subject") or row.get("type") or ""
             level = re.sub(r"^Level ", "", str(row.get("level") or ""))
             key = hashlib.blake2b(row["problem"].encode(), digest_size=8).hexdigest()
@@ -205,6 +205,7 @@ def words(question: str) -> str:
 
 # --- 3. Your own questions -----------------------------------------------------------------------
 
+LONG_ANSWER = 100  # letters; an attempt has to state them all
 TABLES = ("*.jsonl", "*.jsonl.gz", "*.csv", "*.parquet")
 
 
@@ -227,25 +228,36 @@ def own_problems(source: str, columns: str) -> dict[str, tuple[Problem, ...]]:
         parts = {split: (name, *filter(None, [configuration]), split) for split in names}
         found = {split: from_hub("answers", [part]) for split, part in parts.items()}
         found = {n: with_texts(rows, texts, f"{source}, {n} row") for n, rows in found.items()}
-    splits = {split: tuple(own_rows(rows, *texts, split)) for split, rows in found.items()}
+    splits = {split: own_rows(rows, *texts, split) for split, rows in found.items()}
     check_splits(splits, f"--data {source}")
     return splits
 
 
-def own_rows(rows: list[dict], question: str, answer: str, split: str):
-    """The problems of these columns; those without an answer, and repeated ones, are left out."""
-    seen, skipped = set(), 0
+def own_rows(rows: list[dict], question: str, answer: str, split: str) -> tuple[Problem, ...]:
+    """The problems of these columns; those that lack either, and repeated ones, are left out."""
+    found, lacking, repeated = {}, [], []
     for row in rows:
         final = (row[answer] or "").rpartition("####")[2]
         final = (last_box(final) or final).strip()
-        key = words(row[question])
-        skipped += not final or key in seen
-        if final and key not in seen:
-            seen.add(key)
+        key = words(row[question] or "")
+        if not key or not final:
+            lacking.append(row)
+        elif key in found:
+            repeated.append(row)
+        else:
             level, subject = (str(row.get(name) or "") for name in ("level", "subject"))
-            yield Problem(row[question], final, "answers", key, subject, level)
-    if skipped:
-        print(f"skipped {skipped} {split} problems: repeated, or no answer", file=sys.stderr)
+            found[key] = Problem(row[question], final, "answers", key, subject, level)
+    for rows_left, why in ((lacking, "without question or answer"), (repeated, "asked before")):
+        if rows_left:
+            first = [rows_left[0][question], rows_left[0][answer]]
+            print(f"left out {len(rows_left)} {split} rows {why}, such as {first}", file=sys.stderr)
+    long = [p.answer for p in found.values() if len(p.answer) > LONG_ANSWER]
+    if long:
+        words_ = (
+            f"{len(long)} {split} answers are over {LONG_ANSWER} letters, such as {long[0]!r:.60}"
+        )
+        print(f"{words_}: a solution has to end in #### ANSWER or in a box", file=sys.stderr)
+    return tuple(found.values())
 
 
 # --- 4. MBPP and HumanEval ---------------------------------------------------------------------
@@ -372,6 +384,12 @@ def read_table(path: Path, texts: dict[str, bool]) -> list[dict]:
     """The rows of a JSONL, CSV or Parquet file; InputError for one that cannot be read."""
     if path.suffix == ".csv":
         rows = list(csv.DictReader(read_text(path).splitlines(keepends=True), restkey=""))
+        for number, row in enumerate(rows, start=1):
+            if "" in row or None in row.values():
+                raise InputError(
+                    f"{path}, row {number} has not as many cells as the first line: put texts with "
+                    f"commas into quotes; it is {list(row.values())!r:.80}"
+                )
     elif path.suffix == ".parquet":
         rows = load_parts([("parquet", "train")], str(path), data_files=str(path))
     else:
@@ -390,7 +408,7 @@ def read_text(path: Path) -> str:
 
 
 def read_jsonl(path: Path, texts: dict[str, bool] | None = None) -> list[dict]:
-    """The objects of a JSONL file, less those whose first text is empty; a bad line is named.
+    """The objects of a JSONL file; a bad line is named.
 
     Only a line feed ends a line: JSON texts may hold the other line ends of Unicode.
     """
@@ -407,7 +425,7 @@ def read_jsonl(path: Path, texts: dict[str, bool] | None = None) -> list[dict]:
 
 
 def with_texts(rows: list, texts: dict[str, bool], source: str) -> list[dict]:
-    """The rows that are not None, less those whose first text is empty; numbers become texts.
+    """The rows that are not None; numbers become texts.
 
     Raises InputError for a row that is no object, lacks a key, or has something else than a text.
     """
@@ -418,12 +436,13 @@ def with_texts(rows: list, texts: dict[str, bool], source: str) -> list[dict]:
         for key in texts if row else ():
             value = row.get(key)
             if texts[key] and key not in row:
-                raise InputError(f"{where} has no {key!r}, only {', '.join(map(repr, row))}")
+                found = ", ".join(map(repr, row))
+                raise InputError(f"{where} has no {key!r}, only {found}: rename it, see --columns")
             if isinstance(value, int | float) and not isinstance(value, bool):
                 row[key] = str(value)
             elif value is not None and not isinstance(value, str):
                 raise InputError(f"{where}: {key!r} is {value!r:.40}, no text: mend it")
-    return [row for row in rows if row and all(row[key] for key in list(texts)[:1])]
+    return [row for row in rows if row]
 
 
 def from_hub(task: str, parts: list[tuple]) -> list[dict]:

@@ -19,7 +19,14 @@ are not public, here they come from a file or the base model. Next to read: metr
 import json
 import sys
 
-from config import COLDEST, as_flag, check_precision, exit_early, parse_eval_flags
+from config import (
+    COLDEST,
+    as_flag,
+    check_precision,
+    exit_early,
+    parse_eval_flags,
+    with_absolute_paths,
+)
 
 if __name__ == "__main__":  # --help, mistyped flags and Ctrl-C do not wait for torch
     exit_early("eval.py", parse_eval_flags, __doc__)
@@ -35,7 +42,7 @@ import report
 from data import InputError, Problem, read_jsonl
 from metrics import as_table, by_group, evaluate, intervals, measure
 from models import load_checkpoint
-from runs import base_in, disk_errors_explained, locked, read_json, write_atomically
+from runs import as_words, base_in, disk_errors_explained, locked, read_json, write_atomically
 from sample import Attempt, Episode, Sampling, askable, check_sampling, rollout
 from tasks import (
     Chat,
@@ -172,6 +179,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with ranks.process_group(), disk_errors_explained():
             args = ranks.on_all_ranks(parse_eval_flags, __doc__, argv)
+            if args.as_in_run:
+                print(f"asked as in the run:{as_words(args.as_in_run)}", file=sys.stderr)
             if args.plot or args.report:
                 draw = partial(figures.draw, args.plot) if args.plot else partial(write, args)
                 print(f"wrote {ranks.on_all_ranks(draw)}")
@@ -216,22 +225,24 @@ def prepare(args: Namespace) -> tuple[list[Problem], Path, dict[str, str]]:
     check_flags(args)
     data = {"data": args.data, "columns": args.columns}
     problems = load_problems(args.task, args.split, args.problems, **data)
-    no_settings = ("out", "plot", "rows", "report", "ask")
-    settings = {key: str(value) for key, value in vars(args).items() if key not in no_settings}
+    no_settings = ("out", "plot", "rows", "report", "ask", "as_in_run")
+    given = {key: value for key, value in vars(args).items() if key not in no_settings}
+    settings = {key: str(value) for key, value in with_absolute_paths(given).items()}
     kinds = {
         args.split: args.split != "test",
         "repair": args.repair is not None,
         "samples": args.samples,
         "refine": args.refine,
     }
-    model = Path(args.model)
-    if not model.is_dir():  # of the hub
-        model = Path("runs") / args.model
-    elif not model.name.strip("."):
-        model = model.resolve()
+    model = Path(args.model) if Path(args.model).name.strip(".") else Path(args.model).resolve()
+    of_run = (model.parent / "metrics.jsonl").exists()
     name = "-".join([model.name, *(kind for kind, asked in kinds.items() if asked)])
-    folder = args.out or model.parent / "eval" / name
+    folder = args.out or (model.parent if of_run else Path("runs")) / "eval" / name
     kept = "scaling.json" if args.samples else "metrics.json"
+    if folder.exists() and any(folder.iterdir()) and not any(folder.glob("*.json")):
+        raise InputError(f"--out {folder} holds something else than an evaluation: name another")
+    if (folder / "config.json").exists():
+        raise InputError(f"--out {folder} holds a run or a checkpoint: name another folder")
     earlier = read_json(folder / kept).get("settings", settings)
     for key in (key for key in settings if earlier.get(key) != settings[key]):
         before, now = earlier.get(key) or "none", settings[key] or "none"
@@ -251,7 +262,7 @@ def check_flags(args: Namespace) -> None:
         if getattr(args, name) < 1:
             raise InputError(f"{as_flag(name)} must be 1 or more")
     if not args.model:
-        raise InputError("--model is missing: name a checkpoint folder, or --plot a run folder")
+        raise InputError("--model is missing: name a checkpoint folder, or a run with --report")
     if args.temperature != 0 and not args.temperature >= COLDEST:
         raise InputError(f"--temperature {args.temperature} must be 0 or at least {COLDEST}")
     two_own_attempts = args.repair is None and args.attempts == 2

@@ -54,6 +54,7 @@ def start_training(typed: dict, stages: dict[str, Stage]) -> tuple[Learner, Run,
         write_held_out(run, "base", episodes)
         run.write_results("base", metrics)
         run.write_results("base, sampled", held_out(learner, learner.ref, cfg.temperature)[1])
+        run.append(runs.SAMPLES, as_asked(learner))
     progress = Progress(beta2=cfg.beta2)
     save_training(learner, run, progress)
     runs.write_config(run, cfg, typed, base)
@@ -78,6 +79,13 @@ def resume_training(typed: dict, stages: dict[str, Stage]) -> tuple[Learner, Run
     if typed.keys() - {"resume", "out"}:
         runs.write_config(run, cfg, typed, base)
     return learner, run, progress
+
+
+def as_asked(learner: Learner) -> str:
+    """The prompts of the first problem, as the model gets them."""
+    first, chat = learner.problems[0], learner.chat
+    again = chat.tokenizer.decode(chat.p1)
+    return f"attempt 1 is asked for by\n{chat.first_text(first)}\n\nand attempt 2 by\n{again}\n\n"
 
 
 def check_space(learner: Learner, index: int, states: int) -> None:

@@ -94,7 +94,8 @@ def row(name: str, metrics: dict, problems: int, bounds: dict | None = None) -> 
 def of_evaluation(folder: Path) -> dict:
     """Settings, results and every transcript of an evaluation."""
     record, episodes = read_json(folder / "metrics.json"), read_log(folder / "transcripts.jsonl")
-    every = [row("all", record["metrics"], len(episodes), record["intervals"])]
+    name = Path(record["settings"].get("model", "all")).name
+    every = [row(name, record["metrics"], len(episodes), record["intervals"])]
     for name, metrics in record["groups"].items():  # their names end in their size, "(12)"
         every.append(row(name, metrics, int(name.rpartition("(")[2].rstrip(")"))))
     return {

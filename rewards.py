@@ -149,6 +149,16 @@ def same_answer(prediction: str, gold: str) -> bool:
         return False
 
 
+def same_text(prediction: str, gold: str) -> bool:
+    r"""Are both the same to the letter, but for spaces, backslashes and a \text{..} around them?"""
+    one, two = (
+        " ".join(WRAPPED.sub(r"\1", x).replace("\\", "").split()) for x in (prediction, gold)
+    )
+    return one == two != ""
+
+
+WRAPPED = re.compile(r"\A\s*\\(?:text|textbf|textit|mathrm|mbox)\s*\{(.*)\}\s*\Z", re.DOTALL)
+
 # --- 3. Programs -------------------------------------------------------------------------------
 
 NEW_TASK = re.compile(r"^.*\bhere is (?:your|the next|another) task\b", re.I | re.M)

@@ -16,6 +16,7 @@ processes the first writes text, all write state/. Next to read: sample.py.
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -34,7 +35,6 @@ from tqdm import tqdm
 import ranks
 from config import (
     PATHS,
-    SHARED,
     Config,
     Stage,
     as_flag,
@@ -45,7 +45,7 @@ from config import (
 )
 from data import InputError
 from models import replace_folder
-from tasks import ATTEMPT_FLAGS, check_task, find_task, load_problems
+from tasks import check_task, load_problems
 
 try:
     import fcntl
@@ -54,7 +54,7 @@ except ImportError:  # Windows
 
 METRICS, SAMPLES, EPISODES = LOGS = "metrics.jsonl", "samples.txt", "episodes.jsonl"
 RESULTS = "results.json"
-BEGUN = {"base", RESULTS, "state", EPISODES}  # what is written before config.json
+BEGUN = {"base", RESULTS, "state", SAMPLES, EPISODES}  # what is written before config.json
 
 
 @dataclass
@@ -179,11 +179,9 @@ def train_command(cfg: Config, flags: str) -> str:
 
 
 def eval_command(cfg: Config, checkpoint: str) -> str:
-    """The command that evaluates a checkpoint of a finished run."""
-    flags = {"model": f"{cfg.out}/{checkpoint}", "task": "" if cfg.task == "sums" else cfg.task}
-    usual = {name: getattr(find_task(cfg.task), name) for name in ATTEMPT_FLAGS} | {"attempts": 2}
-    usual |= {name: getattr(Config, name) for name in SHARED}
-    flags |= {name: value for name in usual if (value := getattr(cfg, name)) != usual[name]}
+    """The command that evaluates a checkpoint of a finished run, as the run asked."""
+    attempts = cfg.attempts if cfg.attempts > 2 else ""
+    flags = {"model": f"{cfg.out}/{checkpoint}", "attempts": attempts}
     return f"{ranks.launcher()} eval.py{as_words(flags)}"
 
 
@@ -298,6 +296,8 @@ def prepare_run(typed: dict, stages: dict[str, Stage]) -> tuple:
     load_problems(cfg.task, "train", 1, cfg.data, cfg.ids, cfg.columns)  # models take their time
     init = cfg.init
     if followed:
+        if not typed.keys() & {"data", "columns", "ids", "prompt", "correction"}:
+            check_inputs(cfg, read_json(folder / "config.json")["inputs"])
         run.lines = read_log(folder / METRICS)
         run.results = read_json(folder / RESULTS)
         init = init or str(folder / list(run.results)[-1])
@@ -336,7 +336,18 @@ def reopen_run(typed: dict, stages: dict[str, Stage]) -> tuple:
     plan = plan_of(cfg.stage, stages)
     check_settings(cfg, plan)
     check_more_steps(settings, cfg, plan, where["progress"])
+    check_inputs(cfg, record["inputs"])
     return cfg, plan, run, where, record.get("base")
+
+
+def check_inputs(cfg: Config, before: dict[str, str]) -> None:
+    """Raise InputError if what the flags name is no longer what it was in the run so far."""
+    for name, digest in digests(cfg).items():
+        if digest != before.get(name):
+            raise InputError(
+                f"--{name} {getattr(cfg, name)} has changed since the run in {cfg.out} began: "
+                "restore it, or begin a new run"
+            )
 
 
 def check_more_steps(settings: dict, cfg: Config, plan: list[Stage], progress: dict) -> None:
@@ -347,7 +358,9 @@ def check_more_steps(settings: dict, cfg: Config, plan: list[Stage], progress: d
         if steps == before:
             continue
         if all(stage.steps != name for stage in left):
-            raise InputError(f"--{name} {steps}: its stage is over, and has had {before} steps")
+            raise InputError(
+                f"--{name} {steps}: its stage is over, and had {before} steps: begin a new run"
+            )
         if left[0].steps == name and steps < progress["step"]:
             done = progress["step"]
             raise InputError(f"--{name} {steps} is less than the {done} steps that were made")
@@ -372,10 +385,22 @@ def check_space(folder: Path, weights: int, size: int, stages: int, states: int)
         raise InputError(f"--out {folder} needs {needed}, and {free} are free: name another")
 
 
+def digests(cfg: Config) -> dict[str, str]:
+    """Tell whether what the flags name has changed: words, task file, problems; by flag."""
+    texts = {name: getattr(cfg, name) for name in ("prompt", "correction")}
+    texts |= {"task": cfg.task} if cfg.task.endswith(".py") else {}
+    found = {name: Path(path).read_bytes() for name, path in texts.items() if path}
+    if cfg.data:
+        problems = load_problems(cfg.task, "train", None, cfg.data, cfg.ids, cfg.columns)
+        found["data"] = json.dumps([(p.question, p.answer) for p in problems]).encode()
+    return {name: hashlib.blake2b(x, digest_size=8).hexdigest() for name, x in found.items()}
+
+
 def write_config(run: Run, cfg: Config, typed: dict, base: str) -> None:
     """config.json: all that is needed to do the run again, and the commands before.
 
-    settings: with absolute paths; typed: flags as they were typed; base: its models.fingerprint.
+    settings: with absolute paths; typed: flags as they were typed; inputs: `digests` of what they
+    name; base: its models.fingerprint.
     """
     settings = vars(cfg) | {"out": os.path.abspath(cfg.out)}
     earlier = read_json(run.folder / "config.json")
@@ -385,8 +410,8 @@ def write_config(run: Run, cfg: Config, typed: dict, base: str) -> None:
     versions = {"python": platform.python_version()}
     versions |= {module.__name__: module.__version__ for module in (torch, transformers)}
     before = [*earlier.pop("earlier", []), earlier] if earlier else []
-    record = {"settings": settings, "typed": typed, "base": base, "versions": versions}
-    record |= {"commit": commit, "earlier": before}
+    record = {"settings": settings, "typed": typed, "inputs": digests(cfg), "base": base}
+    record |= {"versions": versions, "commit": commit, "earlier": before}
     write_atomically(run.folder / "config.json", json.dumps(record, indent=2))
 
 

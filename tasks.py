@@ -164,6 +164,12 @@ def each(is_right: Callable[[str, Problem], bool]):
     ]
 
 
+def right_answer(stated: str, problem: Problem) -> bool:
+    """Of a question of one's own, whose answer may be no mathematics."""
+    gold = problem.answer
+    return rewards.same_text(stated, gold) or rewards.is_right(stated, gold, problem.question)
+
+
 def first_code(problem: Problem) -> str:
     """MBPP after the canonical three shots; HumanEval zero-shot, in words that are NOT STATED."""
     if problem.given:
@@ -214,8 +220,10 @@ TASKS = {
         rows=500,
     ),
     "math": MATH,
-    "answers": replace(  # your own questions, judged as MATH's are
+    "answers": replace(  # your own questions, judged as MATH's are, or to the letter
         MATH,
+        rewards=each(right_answer),
+        same=lambda one, two: rewards.same_text(one, two) or rewards.same_answer(one, two),
         load=lambda split, count, data, columns: own_problems(data, columns)[split][:count],
         training={**MATH.training, "out": "runs/answers"},
         takes=("data", "columns"),
@@ -269,17 +277,43 @@ def run_task_file(path: str) -> Task:
         values = list(task.rewards(answers, problems))
         if len(values) != len(answers):
             raise ValueError(f"{len(values)} rewards for {len(answers)} answers")
+        if others := [value for value in values if value not in (0, 1)]:
+            raise ValueError(f"{others[0]!r} is no reward: give 1 (right) or 0 (wrong)")
         return [float(value) for value in values]
 
     def load(*args, **flags) -> tuple[Problem, ...]:
         problems = tuple(task.load(*args, **flags))
         if not problems:
             raise ValueError(f"no problem in {args[0]}")
+        for problem in problems:
+            if not isinstance(problem, Problem):
+                raise TypeError(f"{problem!r:.40} is no Problem(question, answer)")
+            text_of(problem.question)
         return problems
 
-    own = {"first": task.first, "states": task.states, "same": task.same}
-    own |= {"load": load, "rewards": rewards_of}
-    return replace(task, **{name: explained(path, name, call) for name, call in own.items()})
+    def first(problem: Problem) -> str:
+        return text_of(task.first(problem))
+
+    def states(attempt: str, problem: Problem) -> str | None:
+        stated = task.states(attempt, problem)
+        return stated if stated is None else text_of(stated)
+
+    own = {"load": load, "first": first, "states": states, "same": task.same}
+    own |= {"rewards": rewards_of}
+    if not isinstance(task.again, str) or not task.again.strip():
+        raise InputError(f"--task {path}: again is {task.again!r}: give the words that ask again")
+    usual_out = {TASKS[name].training.get("out") for name in TASKS} | {None}
+    training = dict(task.training)
+    if training.get("out") in usual_out:  # inherited, or not given
+        training["out"] = f"runs/{Path(path).stem}"
+    explaining = {name: explained(path, name, call) for name, call in own.items()}
+    return replace(task, training=training, **explaining)
+
+
+def text_of(value) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
 
 
 def explained(path: str, name: str, call: Callable) -> Callable:
@@ -327,7 +361,9 @@ def check_task(task: str, **flags: str) -> None:
     for flag, value in flags.items():
         if value and flag not in takes:
             takers = " or ".join(name for name in TASKS if flag in TASKS[name].takes)
-            raise InputError(f"--{flag} {value} is for --task {takers}: leave out --{flag}")
+            raise InputError(
+                f"--{flag} {value} is for --task {takers}: name one of them, or leave out --{flag}"
+            )
 
 
 def settings_of(task: str) -> dict:
@@ -481,10 +517,15 @@ def read_words(flag: str, path: str) -> str:
     """What a file of --prompt or --correction says, "" for no file; a prompt has {question}."""
     if not path:
         return ""
-    text = read_text(Path(path)).strip()
+    try:
+        text = read_text(Path(path)).strip()
+    except InputError as error:
+        raise InputError(f"{flag} {error}; it is a file with the words") from error
     if not text:
         raise InputError(f"{flag} {path} is empty: write the words into it")
     if flag == "--prompt" and "{question}" not in text:
+        if "{question}" in text.lower().replace(" ", ""):
+            raise InputError(f"{flag} {path} has to spell {{question}} like that: mend it")
         text += "\n\n{question}"
     return text
 

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import last_box, math_rows  # noqa: E402
+from data import InputError, last_box, math_rows  # noqa: E402
 from rewards import math_reward, same_answer  # noqa: E402
 
 
@@ -67,8 +67,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of MATH's JSONL files")
     args = parser.parse_args()
     on_judged()
-    if args.data:
-        on_math(args.data)
+    try:
+        if args.data:
+            on_math(args.data)
+    except InputError as error:
+        print(f"checker.py: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import torch
 from gemma import FILES, gemma_model, gemma_tokenizer
 
 import eval as evaluation
+import score
+from config import parse_eval_flags
 from data import Problem
 from eval import compare_votes, vote, votes_table
 from models import load_checkpoint, save_checkpoint
@@ -22,12 +24,18 @@ def run_eval(*flags):
     return evaluation.main([str(flag) for flag in flags])
 
 
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """What has no folder of its own is written to runs/eval."""
+    monkeypatch.chdir(tmp_path)
+
+
 def test_eval_writes_metrics_and_every_transcript(checkpoint, tmp_path, capsys):
     assert run_eval("--model", checkpoint, "--problems", 6, "--attempts", 3) == 0
     printed = capsys.readouterr().out
-    record = json.loads((checkpoint.parent / "eval" / checkpoint.name / "metrics.json").read_text())
+    record = json.loads((tmp_path / "runs" / "eval" / checkpoint.name / "metrics.json").read_text())
     lines = (
-        (checkpoint.parent / "eval" / checkpoint.name / "transcripts.jsonl")
+        (tmp_path / "runs" / "eval" / checkpoint.name / "transcripts.jsonl")
         .read_text()
         .splitlines()
     )
@@ -36,7 +44,7 @@ def test_eval_writes_metrics_and_every_transcript(checkpoint, tmp_path, capsys):
         assert name in printed and name in record["metrics"]
     assert run_eval("--model", checkpoint, "--problems", 6, "--attempts", 3) == 0  # the same again
     assert (
-        json.loads((checkpoint.parent / "eval" / checkpoint.name / "metrics.json").read_text())
+        json.loads((tmp_path / "runs" / "eval" / checkpoint.name / "metrics.json").read_text())
         == record
     )
     assert run_eval("--model", checkpoint, "--problems", 5) == 2  # another: not over it
@@ -51,19 +59,45 @@ def test_metrics_are_written_last_since_they_say_that_all_is_done(checkpoint, mo
     assert written == ["transcripts.jsonl", "metrics.json"]
 
 
+def test_a_checkpoint_is_asked_as_in_its_run_unless_other_is_typed(checkpoint, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ["--model", checkpoint, "--out", out, "--batch", 4, "--k", 2, "--steps1", 1]
+    flags += ["--stage", 1, "--problems", 6, "--max-new-tokens", 12]
+    assert score.main([str(flag) for flag in flags]) == 0
+    assert run_eval("--model", out / "stage1") == 0
+    printed = capsys.readouterr()
+    assert "asked as in the run: --problems 6 --max-new-tokens 12" in printed.err
+    settings = json.loads((out / "eval" / "stage1" / "metrics.json").read_text())["settings"]
+    assert settings["problems"] == "6" and settings["max_new_tokens"] == "12"
+    given = (("--task", "sums", 6), ("--problems", "3", 3), ("--task", "math", 500))
+    for flag, value, problems in given:
+        args = parse_eval_flags("", ["--model", str(out / "base"), flag, value])
+        assert args.problems == problems
+    (out / "config.json").write_text("{damaged")
+    assert parse_eval_flags("", ["--model", str(out / "base")]).problems == 2000
+
+
+def test_an_evaluation_goes_into_no_other_folder(checkpoint, tmp_path, capsys):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("years of work")
+    for out in (tmp_path / "notes", checkpoint):
+        assert run_eval("--model", checkpoint, "--problems", 2, "--out", out) == 2
+        assert f"--out {out} holds" in capsys.readouterr().err
+
+
 def test_an_interval_is_never_minus_zero(checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "intervals", lambda *_: {"delta": (-0.0001, 0.0004)})
     assert run_eval("--model", checkpoint, "--problems", 2) == 0
     assert "[0.000, 0.000]" in capsys.readouterr().out
 
 
-def test_nobody_needs_to_read_on(checkpoint):
+def test_nobody_needs_to_read_on(checkpoint, tmp_path):
     command = [sys.executable, evaluation.__file__, "--model", checkpoint, "--problems", "2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     _, said = process.communicate()
     assert process.returncode == 128 + signal.SIGPIPE and "Error" not in said
-    assert (checkpoint.parent / "eval" / checkpoint.name / "metrics.json").exists()
+    assert (tmp_path / "runs" / "eval" / checkpoint.name / "metrics.json").exists()
 
 
 def test_one_question_is_attempted_twice_and_not_judged(checkpoint, monkeypatch, capsys):
@@ -225,7 +259,7 @@ def test_self_refine_measures_both_attempts_and_keeps_the_feedback(tmp_path, cap
     asked = ["--model", model, "--task", "math", "--data", FILES, "--max-new-tokens", 40]
     asked += ["--problems", 4, "--precision", "float32"]
     assert evaluation.main([*map(str, asked), "--refine"]) == 0
-    folder = tmp_path / "eval" / "model-refine"
+    folder = tmp_path / "runs" / "eval" / "model-refine"
     rows = [json.loads(line) for line in (folder / "transcripts.jsonl").open()]
     metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
     assert len(rows) == 4 and all(row["feedback"] and len(row["attempts"]) == 2 for row in rows)

@@ -65,9 +65,7 @@ def test_the_last_line_names_the_command_that_evaluates(small_gemma, tmp_path, c
     out = tmp_path / "run"
     assert run_score("--model", small_gemma, "--out", out, *FAST, "--steps1", 1, "--steps2", 1) == 0
     command = capsys.readouterr().out.splitlines()[-1]
-    assert command.startswith(
-        f"next: python eval.py --model {out}/stage2 --task math --data {FILES}"
-    )
+    assert command.startswith(f"next: python eval.py --model {out}/stage2, or python eval.py")
 
 
 def test_offline_first_attempts_come_from_the_reference_step_after_step(small_gemma, tmp_path):

@@ -46,12 +46,14 @@ def test_the_example_trains_goes_on_and_is_evaluated_from_elsewhere(
     monkeypatch.chdir(tmp_path)
     assert run(score.main, "--stage", 2, "--out", out) == 0
     printed = capsys.readouterr().out
-    assert f"eval.py --model {out}/stage2 --task {EXAMPLE} --problems 4" in printed
+    assert f"eval.py --model {out}/stage2" in printed
     assert run(score.main, "--resume", "--out", out, "--steps2", 2) == 0
     samples = (out / "samples.txt").read_text()
     assert any(p.answer in samples for p in load_problems(str(EXAMPLE), "train"))
-    asked = ["--model", out / "stage2", "--task", EXAMPLE, "--problems", 4]
+    asked = ["--model", out / "stage2"]  # as in its run
     assert run(evaluation.main, *asked) == 0
+    settings = json.loads((out / "eval" / "stage2" / "metrics.json").read_text())["settings"]
+    assert (settings["task"], settings["problems"]) == (str(EXAMPLE), "4")
     assert run(evaluation.main, *asked, "--ask", "ant bee cat") == 0
     assert "attempt 2" in capsys.readouterr().out
 
@@ -88,13 +90,18 @@ REWARDS = "rewards=each(lambda answer, problem: answer.split() == problem.answer
         ("x = y", ", line 1: it fails (NameError"),
         ("x = 1", "has no TASK = Task(..)"),
         ("TASK = 1", "has no TASK = Task(..)"),
+        (TASK.replace(REWARDS, "rewards=lambda y, _: [0.5] * len(y)"), "0.5 is no reward"),
+        (TASK.replace(REWARDS, "rewards=lambda y, _: [float('nan')] * len(y)"), "is no reward"),
+        (TASK.replace("Problem(question, answer)", "(question, answer)"), "is no Problem"),
+        (TASK.replace("again=", "again='' and "), "again is ''"),
+        (TASK.replace("lambda problem: f", "lambda problem: None and f"), "None is no text"),
         (
             TASK.replace("made = random.Random(split), {}", "made = 1 / 0"),
             "load fails (ZeroDivisionError",
         ),
         (TASK.replace("answer.split() ==", "answer.shape =="), "rewards fails (AttributeError"),
         (TASK.replace(REWARDS, "rewards=lambda *_: [1.0]"), "1 rewards for"),
-        (TASK.replace(REWARDS, "rewards=lambda y, _: [None] * len(y)"), "rewards fails (TypeError"),
+        (TASK.replace(REWARDS, "rewards=lambda y, _: [None] * len(y)"), "None is no reward"),
         (TASK.replace("attempt or None", "attempt + 1"), "states fails (TypeError"),
         (TASK.replace("{problem.question}", "{problem.asked}"), "first fails (AttributeError"),
         (TASK.replace("[:count]", "[:0]"), "no problem in train"),
@@ -152,12 +159,15 @@ def test_jsonl_csv_and_parquet_are_read_alike(folder, monkeypatch, tmp_path):
     assert rewards(["10", None], [train[5], train[0]]) == [1.0, 0.0]
 
 
-def test_columns_may_have_other_names_and_solutions_end_in_their_answer(folder):
+def test_columns_may_have_other_names_and_solutions_end_in_their_answer(folder, capsys):
     train = [{"q": "a?", "how": "Well.\n#### 1,042"}, {"q": "b?", "how": r"So $\boxed{7}$."}]
     train += [{"q": "c?", "how": "#### "}, {"q": "a?", "how": "3"}]
     (folder / "train.jsonl").write_text(as_jsonl(train))
     (folder / "test.jsonl").write_text(as_jsonl([{"q": "d?", "how": "4"}]))
     found = load_problems("answers", "train", data=str(folder), columns="q, how")
+    said = capsys.readouterr().err
+    assert "left out 1 train rows without question or answer, such as ['c?', '#### ']" in said
+    assert "left out 1 train rows asked before, such as ['a?', '3']" in said
     assert [(p.question, p.answer) for p in found] == [("a?", "1,042"), ("b?", "7")]
     for columns in ("q", "q,how,why", ","):
         with pytest.raises(InputError, match="must name two"):
@@ -168,6 +178,30 @@ def test_columns_may_have_other_names_and_solutions_end_in_their_answer(folder):
     own_problems.cache_clear()
     with pytest.raises(InputError, match="1 problems are in training and in test"):
         load_problems("answers", "train", data=str(folder), columns="q,how")
+
+
+def test_a_comma_outside_of_quotes_is_told(folder):
+    (folder / "train.csv").write_text("question,answer\n1?,1\nCapital of the USA?,Washington, D.C.")
+    (folder / "test.csv").write_text("question,answer\n2?,2")
+    with pytest.raises(InputError, match=r"train.csv, row 2 has not as many cells.*quotes.*USA"):
+        load_problems("answers", "train", data=str(folder))
+
+
+def test_an_answer_that_is_no_mathematics_is_right_to_the_letter(folder, capsys):
+    words = ["Gauß", "東京", "H2O", "C#", "Washington, D.C.", "O'Neill", "snow_white", "Is it? No."]
+    solution = "We add 3 and 4. " * 9
+    rows = [{"question": f"{n}?", "answer": word} for n, word in enumerate([*words, solution])]
+    (folder / "train.jsonl").write_text(as_jsonl(rows))
+    (folder / "test.jsonl").write_text(as_jsonl([{"question": "b?", "answer": "7"}]))
+    train = load_problems("answers", "train", data=str(folder))
+    said = capsys.readouterr().err
+    assert "1 train answers are over 100 letters, such as 'We add" in said and "####" in said
+    task = find_task("answers")
+    for problem, word in zip(train, words, strict=False):
+        forms = (f"Final Answer: The final answer is ${word}$.", rf"So \boxed{{\text{{{word}}}}}.")
+        stated = [task.states(form, problem) for form in forms]
+        assert task.rewards([*stated, "Euler"], [problem] * 3) == [1.0, 1.0, 0.0], word
+        assert task.same(*stated)
 
 
 def test_a_data_set_of_the_hub_may_have_a_configuration(folder, tmp_path, monkeypatch):
@@ -186,7 +220,7 @@ def test_a_data_set_of_the_hub_may_have_a_configuration(folder, tmp_path, monkey
     assert asked == [("openai/gsm8k", "main", split) for split in ("train", "test")]
 
 
-def test_own_questions_are_trained_on_in_own_words(folder, small, tmp_path, capsys):
+def test_own_questions_are_trained_on_in_own_words(folder, small, tmp_path, monkeypatch, capsys):
     for split, rows in (("train", TRAIN), ("test", TEST)):
         (folder / f"{split}.csv").write_text(as_csv(rows), encoding="utf-8")
     (tmp_path / "prompt.txt").write_text("Answer this: {question} Please!")
@@ -195,11 +229,25 @@ def test_own_questions_are_trained_on_in_own_words(folder, small, tmp_path, caps
     flags = ["--task", "answers", "--data", folder, "--model", small, "--max-new-tokens", 8, *words]
     out = tmp_path / "run"
     assert run(score.main, *flags, *SMALL, "--precision", "float32", "--out", out) == 0
-    printed = capsys.readouterr().out
+    samples = (out / "samples.txt").read_text()
+    assert "Answer this: What is" in samples and "Look again." in samples
+    assert run(evaluation.main, "--model", out / "stage2") == 0
+    printed = capsys.readouterr().err
     for flag in ("--data", "--prompt", "--correction"):
         assert f"{flag} {tmp_path}" in printed
-    asked = [*flags[:4], *flags[6:], "--model", out / "stage2", "--problems", 4]
+    asked = ["--model", "stage2", *flags[:4], *flags[6:], "--problems", 4, "--precision", "float32"]
+    monkeypatch.chdir(out)  # the same in other words is the same evaluation
     assert run(evaluation.main, *asked) == 0
+    for name in ("prompt", "again"):
+        path = tmp_path / f"{name}.txt"
+        path.write_text(path.read_text() + "!")
+        assert run(score.main, "--resume", "--out", out, "--steps2", 3) == 2
+        assert f"{path} has changed since the run" in capsys.readouterr().err
+        path.write_text(path.read_text()[:-1])
+    (folder / "train.csv").write_text(as_csv(TRAIN[1:]), encoding="utf-8")
+    own_problems.cache_clear()
+    assert run(score.main, "--resume", "--out", out, "--steps2", 3) == 2
+    assert f"--data {folder} has changed since the run" in capsys.readouterr().err
     lines = (out / "eval" / "stage2" / "transcripts.jsonl").read_text().splitlines()
     tokenizer = gemma_tokenizer()
     x1 = tokenizer.decode(json.loads(lines[0])["x1"])
