@@ -32,16 +32,25 @@ def quiet_transformers() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it counts its retries
 
 
+TEXT_PART = {  # names of weights in a model that sees pictures, too, and in one that does not
+    r"^language_model\.lm_head\.": "lm_head.",
+    r"^language_model\.model\.": "model.",
+    r"^model\.language_model\.": "model.",
+}
+
+
 def load_checkpoint(name: str, precision: str = "float32"):
     """Model (eval mode) and tokenizer of a checkpoint folder or a hub name.
 
     precision: "float32" or "bfloat16", whatever the checkpoint was saved in. Models with an
-    attention softcap (Gemma 2) get eager attention: sdpa may drop the softcap.
+    attention softcap (Gemma 2) get eager attention: sdpa may drop the softcap. Of a model that
+    sees pictures, too (Gemma 3 4B), the text part is loaded.
     """
     quiet_transformers()
     check_name(name)
     try:
-        config = AutoConfig.from_pretrained(name)
+        whole = AutoConfig.from_pretrained(name)
+        config = whole.get_text_config()
         without_dropout(config)
         attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -50,6 +59,7 @@ def load_checkpoint(name: str, precision: str = "float32"):
             dtype=getattr(torch, precision),
             attn_implementation=attention,
             output_loading_info=True,
+            **({} if config is whole else {"key_mapping": TEXT_PART}),
         )
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # whatever a damaged folder or an absent network raises
@@ -63,7 +73,16 @@ def load_checkpoint(name: str, precision: str = "float32"):
             f"{name} has a tokenizer of {known} tokens for {rows} embeddings: copy the tokenizer's "
             "files (tokenizer.json, tokenizer_config.json ..) of the model into it"
         )
-    return model.eval(), tokenizer
+    return (model if config is whole else plain_copy(model, attention)).eval(), tokenizer
+
+
+def plain_copy(model, attention: str | None):
+    """A model that saves its weights by its own names, not by those it was loaded from."""
+    config, dtype = model.config, model.dtype
+    fresh = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    fresh.load_state_dict(model.state_dict())
+    fresh.generation_config, fresh.name_or_path = model.generation_config, model.name_or_path
+    return fresh
 
 
 def check_name(name: str) -> None:

@@ -27,7 +27,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
-from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -51,24 +51,24 @@ SIZES = {  # layers, hidden size, heads, vocabulary, rows
 }
 
 
-def make_model(layers: int, hidden: int, heads: int, vocabulary: int) -> Gemma2ForCausalLM:
-    config = Gemma2Config(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 2,
-        head_dim=hidden // heads,
-        query_pre_attn_scalar=hidden // heads,
-        max_position_embeddings=2048,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-        attn_implementation="eager",
-    )
+FAMILIES = "Gemma2 Gemma3Text Llama Qwen2 Qwen3 Mistral Phi3 GPT2".split()
+
+
+def make_model(layers: int, hidden: int, heads: int, vocabulary: int, family: str = "Gemma2"):
+    """A random model of a family of transformers, in eval mode."""
+    ends = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    if family == "GPT2":
+        sizes = {"n_layer": layers, "n_embd": hidden, "n_head": heads, "n_positions": 2048}
+    else:
+        sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
+        sizes |= {"num_key_value_heads": heads // 2, "intermediate_size": 4 * hidden}
+        sizes |= {"head_dim": hidden // heads, "max_position_embeddings": 2048}
+    if family.startswith("Gemma"):
+        sizes |= {"query_pre_attn_scalar": hidden // heads}
+    config = getattr(transformers, f"{family}Config")(vocab_size=vocabulary, **sizes, **ends)
+    config._attn_implementation = "eager" if family == "Gemma2" else "sdpa"  # Gemma 2: softcap
     torch.manual_seed(0)
-    return Gemma2ForCausalLM(config).eval()
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 @dataclass(frozen=True)
@@ -182,25 +182,32 @@ def generate(model, prompts: list[list[int]], lengths: list[list[int]]) -> None:
 
 def bench_rollout(k: int) -> None:
     """Two attempts of 24 tokens, or of lognormal lengths; k samples a prompt."""
-    for size, (*shape, rows) in SIZES.items():
-        model = make_model(*shape).to(ranks.device())
-        problems = [Problem("", "", "sums", str(i // k)) for i in range(rows)]
-        prompts = [CHAT.x1(problem) for problem in problems]
-        draw = random.Random(0)
-        pairs = [[draw.lognormvariate(2.2, 0.6) for _ in range(2)] for _ in prompts]
-        varied = [[min(TOKENS, 1 + int(length)) for length in pair] for pair in pairs]
-        for kind, lengths in {"full": [[TOKENS] * 2] * rows, "varied": varied}.items():
-            before = sample.draw_uniforms, sample.draw
-            force(lengths)
-            sampling = sample.Sampling(2, TOKENS, rows=rows)
-            ours = partial(sample.rollout, model, CHAT, problems, sampling)
-            made = [[len(y.tokens) for y in episode.attempts] for episode in ours()]
-            assert made == lengths, "attempts did not end where they were told to"
-            theirs = partial(generate, model, prompts, lengths)
-            timers = {"model.generate": partial(timed, theirs), "rollout": partial(timed, ours)}
-            title = f"rollout, {size}, {rows} rows, {k} a prompt, {kind}: {sum(map(sum, lengths))}"
-            compare(f"{title} tokens", interleave(timers), "model.generate")
-            sample.draw_uniforms, sample.draw = before
+    bench_family("small", "Gemma2", k)
+    for family in FAMILIES:
+        bench_family("tiny", family, k)
+
+
+def bench_family(size: str, family: str, k: int) -> None:
+    """A line for `generate` and for the rollout of one model, full and varied."""
+    *shape, rows = SIZES[size]
+    model = make_model(*shape, family).to(ranks.device())
+    problems = [Problem("", "", "sums", str(i // k)) for i in range(rows)]
+    prompts = [CHAT.x1(problem) for problem in problems]
+    draw = random.Random(0)
+    pairs = [[draw.lognormvariate(2.2, 0.6) for _ in range(2)] for _ in prompts]
+    varied = [[min(TOKENS, 1 + int(length)) for length in pair] for pair in pairs]
+    for kind, lengths in {"full": [[TOKENS] * 2] * rows, "varied": varied}.items():
+        before = sample.draw_uniforms, sample.draw
+        force(lengths)
+        sampling = sample.Sampling(2, TOKENS, rows=rows)
+        ours = partial(sample.rollout, model, CHAT, problems, sampling)
+        made = [[len(y.tokens) for y in episode.attempts] for episode in ours()]
+        assert made == lengths, "attempts did not end where they were told to"
+        theirs = partial(generate, model, prompts, lengths)
+        timers = {"model.generate": partial(timed, theirs), "rollout": partial(timed, ours)}
+        title = f"rollout, {family} {size}, {rows} rows, {k} a prompt, {kind}"
+        compare(f"{title}: {sum(map(sum, lengths))} tokens", interleave(timers), "model.generate")
+        sample.draw_uniforms, sample.draw = before
 
 
 # --- 3. One training step against TRL ------------------------------------------------------------

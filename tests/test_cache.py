@@ -97,6 +97,25 @@ def test_sampled_log_probs_are_the_scored_ones_and_rows_are_independent(family, 
     assert tokens[0] == tokens[1]
 
 
+def test_of_a_model_that_sees_pictures_the_text_part_is_trained(tmp_path, asked):
+    text = {**FAMILIES["Gemma3Text"], **ENDS}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    whole = transformers.Gemma3ForConditionalGeneration(config).eval()
+    save_checkpoint(tmp_path / "whole", whole, gemma_tokenizer())
+    part, tokenizer = load_checkpoint(str(tmp_path / "whole"))
+    assert not any("vision" in name for name, _ in part.named_parameters())
+    ids = torch.tensor([[2, *range(300, 330)]])
+    with torch.no_grad():
+        torch.testing.assert_close(part(ids).logits, whole(ids).logits)
+    check_sampling(part, 100)
+    save_checkpoint(tmp_path / "text", part, tokenizer)
+    again, _ = load_checkpoint(str(tmp_path / "text"))
+    assert type(again) is type(part) is transformers.Gemma3ForCausalLM
+
+
 # --- 2. What is refused --------------------------------------------------------------------------
 
 

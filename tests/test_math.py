@@ -86,7 +86,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(finished, small_gemma, tmp_path,
 
 def test_evaluation_tells_levels_and_subjects_and_writes_every_transcript(finished, capsys):
     flags = ["--model", finished / "stage1", "--task", "math", "--data", FILES]
-    assert evaluation.main([*map(str, flags), "--max-new-tokens", "40"]) == 0
+    assert evaluation.main([*map(str, flags), "--problems", "500"]) == 0
     printed = capsys.readouterr().out
     record = json.loads((finished / "eval" / "stage1" / "metrics.json").read_text())
     problems = load_problems("math", "test", data=str(FILES))
