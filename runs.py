@@ -297,7 +297,7 @@ def prepare_run(typed: dict, stages: dict[str, Stage]) -> tuple:
     init = cfg.init
     if followed:
         if not typed.keys() & {"data", "columns", "ids", "prompt", "correction"}:
-            check_inputs(cfg, read_json(folder / "config.json")["inputs"])
+            check_inputs(cfg, read_json(folder / "config.json").get("inputs", {}))
         run.lines = read_log(folder / METRICS)
         run.results = read_json(folder / RESULTS)
         init = init or str(folder / list(run.results)[-1])
@@ -336,7 +336,7 @@ def reopen_run(typed: dict, stages: dict[str, Stage]) -> tuple:
     plan = plan_of(cfg.stage, stages)
     check_settings(cfg, plan)
     check_more_steps(settings, cfg, plan, where["progress"])
-    check_inputs(cfg, record["inputs"])
+    check_inputs(cfg, record.get("inputs", {}))
     return cfg, plan, run, where, record.get("base")
 
 
