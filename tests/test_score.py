@@ -369,6 +369,17 @@ def test_an_offline_attempt_1_is_in_no_loss_but_its_reward_is_in_the_bonus(learn
     assert gradient(learner, made, "2")[1]["on_policy_gap"] < 1e-3
 
 
+@pytest.mark.parametrize(("number", "offline"), [(0, False), (1, False), (0, True)])
+def test_the_on_policy_gap_is_that_of_all_own_attempts(learner, problems, number, offline):
+    episodes = score.sample(learner, [p for p in problems for _ in range(4)], STAGES["2"], "0")
+    y = episodes[3].attempts[number]
+    other = replace(y, logp=[y.logp[0] + 2.0, *y.logp[1:]])
+    attempts = [other if i == number else y for i, y in enumerate(episodes[3].attempts)]
+    episodes[3] = replace(episodes[3], attempts=tuple(attempts), offline=offline)
+    gap = gradient(learner, episodes, "2")[1]["on_policy_gap"]
+    assert gap < 1e-3 if offline else gap == pytest.approx(2.0, abs=1e-3)
+
+
 def test_training_samples_at_temperature_1_from_the_raw_softmax(learner, problems):
     made = score.sample(learner, problems[:1] * 4000, STAGES["2"], "0")
     first = torch.tensor([e.attempts[0].tokens[0] for e in made])
