@@ -107,7 +107,7 @@ def build(cfg: Config, plan: list[Stage], init: str, same_base: bool) -> tuple[L
     same_base: may the built-in base model in the run folder be used, if there is one? Returns the
     base model's fingerprint, too.
     """
-    policy = ranks.on_all_ranks(models.load_checkpoint, init, cfg.precision)[0] if init else None
+    policy = ranks.on_all_ranks(models.load_model, init, cfg.precision) if init else None
     ranks.on_all_ranks(fit_base, cfg, same_base)
     policy, ref, tokenizer = ranks.on_all_ranks(add_reference, policy, cfg, init)
     chat, problems, longest = ranks.on_all_ranks(questions, cfg, ref, tokenizer)
@@ -175,7 +175,7 @@ def checkpoint_before(learner: Learner, folder: Path, index: int) -> str:
 
 
 def read_model(learner: Learner, checkpoint: str):
-    return ranks.on_all_ranks(models.load_checkpoint, checkpoint, learner.cfg.precision)[0]
+    return ranks.on_all_ranks(models.load_model, checkpoint, learner.cfg.precision)
 
 
 def leave_stage(learner: Learner, checkpoint: Path) -> tuple[list[Episode], dict[str, float]]:

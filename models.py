@@ -40,7 +40,25 @@ TEXT_PART = {  # names of weights in a model that sees pictures, too, and in one
 
 
 def load_checkpoint(name: str, precision: str = "float32"):
-    """Model (eval mode) and tokenizer of a checkpoint folder or a hub name.
+    """`load_model` and the tokenizer of a checkpoint folder or a hub name."""
+    model = load_model(name, precision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # whatever a damaged file raises
+        raise InputError(
+            f"the tokenizer of {name} cannot be loaded: {first_line(error)}"
+        ) from error
+    known, rows = len(tokenizer), model.get_input_embeddings().weight.shape[0]
+    if known < rows / 2:  # transformers makes one up if its files are missing
+        raise InputError(
+            f"{name} has a tokenizer of {known} tokens for {rows} embeddings: copy the tokenizer's "
+            "files (tokenizer.json, tokenizer_config.json ..) of the model into it"
+        )
+    return model, tokenizer
+
+
+def load_model(name: str, precision: str = "float32"):
+    """The model of a checkpoint folder or a hub name, in eval mode.
 
     precision: "float32" or "bfloat16", whatever the checkpoint was saved in. Models with an
     attention softcap (Gemma 2) get eager attention: sdpa may drop the softcap. Of a model that
@@ -61,19 +79,16 @@ def load_checkpoint(name: str, precision: str = "float32"):
             output_loading_info=True,
             **({} if config is whole else {"key_mapping": TEXT_PART}),
         )
-        tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # whatever a damaged folder or an absent network raises
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise InputError(f"{name} is no checkpoint that can be loaded: {reason}") from error
     if loading["missing_keys"] or loading["mismatched_keys"]:
         raise InputError(f"{name} is no whole checkpoint: weights are missing")
-    known, rows = len(tokenizer), model.get_input_embeddings().weight.shape[0]
-    if known < rows / 2:  # transformers makes one up if its files are missing
-        raise InputError(
-            f"{name} has a tokenizer of {known} tokens for {rows} embeddings: copy the tokenizer's "
-            "files (tokenizer.json, tokenizer_config.json ..) of the model into it"
-        )
-    return (model if config is whole else plain_copy(model, attention)).eval(), tokenizer
+    return (model if config is whole else plain_copy(model, attention)).eval()
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def plain_copy(model, attention: str | None):
