@@ -32,6 +32,11 @@ class InputError(Exception):
     """A mistake in a flag, a file or a model: shown as one sentence, exit status 2."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says, as part of a sentence."""
+    return str(error).strip().partition("\n")[0]
+
+
 COLUMNS = 7  # of a sum; NOT IN PAPER, like all of the built-in task
 SHARE_OF_NINES = 0.6  # columns that add up to 9 pass a carry on, so carries run far
 
@@ -459,5 +464,4 @@ def load_parts(parts: list[tuple], source: str, hint: str = "mend it", **setting
     try:
         return [r for *name, split in parts for r in load_dataset(*name, split=split, **settings)]
     except Exception as error:  # whatever an absent network raises
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"{source} cannot be read ({reason}): {hint}") from error
+        raise InputError(f"{source} cannot be read ({first_line(error)}): {hint}") from error

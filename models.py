@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import ranks
-from data import InputError
+from data import InputError, first_line
 
 # --- 1. Checkpoints --------------------------------------------------------------------------
 
@@ -85,10 +85,6 @@ def load_model(name: str, precision: str = "float32"):
     if loading["missing_keys"] or loading["mismatched_keys"]:
         raise InputError(f"{name} is no whole checkpoint: weights are missing")
     return (model if config is whole else plain_copy(model, attention)).eval()
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def plain_copy(model, attention: str | None):

@@ -13,9 +13,10 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from cache import RowCache
-from data import InputError, Problem
+from data import InputError, Problem, first_line
 from models import head, last_hidden
 from tasks import Chat, judge
 
@@ -237,29 +238,27 @@ def check_sampling(model, longest: int, training: bool = False) -> None:
             model.train(training)
             scored = model(tokens, use_cache=False).logits.float().log_softmax(dim=-1)  # (2, 24, V)
             found = {place: found.log_softmax(dim=-1) for place, found in sampled.items()}
-            gaps = [kl(scored[place], logp) for place, logp in found.items()]
+            pairs = [(scored[place], logp) for place, logp in found.items()]
             if longest > 24:
                 long = tokens[:1].repeat(1, -(-longest // 24))[:, :longest]
                 begun = head(model, last_hidden(model, long)[0, :24]).log_softmax(dim=-1)
-                gaps += [kl(*pair) for pair in zip(begun, scored[0], strict=True)]
+                pairs += zip(begun, scored[0], strict=True)
+            # F.kl_div(two, one) is KL(one ‖ two)
+            kls = [F.kl_div(two, one, log_target=True, reduction="sum") for one, two in pairs]
+            gap = torch.stack(kls).max().item()
     except Exception as error:  # whatever another architecture raises
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(
             f"--model {model.name_or_path} cannot be sampled ({reason}): it has to be a decoder "
             "with attention in all layers"
         ) from error
     finally:
         model.eval()
-    if not max(gaps) <= ROUNDING[model.dtype]:
+    if not gap <= ROUNDING[model.dtype]:
         raise InputError(
-            f"--model {model.name_or_path} samples and scores differently (by {max(gaps):.2g} nats "
+            f"--model {model.name_or_path} samples and scores differently (by {gap:.2g} nats "
             "a token), so training would be off-policy: choose another model"
         )
-
-
-def kl(one: torch.Tensor, two: torch.Tensor) -> float:
-    """Of log-probs (V,)."""
-    return (one.exp() * (one - two)).sum().item()
 
 
 # --- 3. For training: problems of a step, and transcripts of the attempts ------------------------

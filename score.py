@@ -316,7 +316,7 @@ def update(learner: Learner, episodes: list[Episode], stage: Stage, beta2: float
             if weight and stage.sampler == "policy":
                 rows_of = [episodes[row] for row in batch if i or not episodes[row].offline]
                 sampled = torch.tensor([x for e in rows_of for x in e.attempts[i].logp])
-                gaps += (logp[mask].cpu() - sampled).abs().tolist()
+                gaps += [(logp[mask].cpu() - sampled).abs().max().item()] if rows_of else []
         loss = -weight * stage.objective(y, cfg).sum() / len(episodes)
         loss.backward()
         if weight:

@@ -28,6 +28,7 @@ from data import (
     InputError,
     Problem,
     code_problems,
+    first_line,
     math_problems,
     own_problems,
     read_text,
@@ -272,66 +273,68 @@ def run_task_file(path: str) -> Task:
     task = explained(path, "it", runpy.run_path)(path).get("TASK")
     if not isinstance(task, Task):
         raise InputError(f"--task {path} has no TASK = Task(..): add it, see README.md")
-
-    def rewards_of(answers: list, problems: list[Problem]) -> list[float]:
-        values = list(task.rewards(answers, problems))
-        if len(values) != len(answers):
-            raise ValueError(f"{len(values)} rewards for {len(answers)} answers")
-        if others := [value for value in values if value not in (0, 1)]:
-            raise ValueError(f"{others[0]!r} is no reward: give 1 (right) or 0 (wrong)")
-        return [float(value) for value in values]
-
-    def load(*args, **flags) -> tuple[Problem, ...]:
-        problems = tuple(task.load(*args, **flags))
-        if not problems:
-            raise ValueError(f"no problem in {args[0]}")
-        for problem in problems:
-            if not isinstance(problem, Problem):
-                raise TypeError(f"{problem!r:.40} is no Problem(question, answer)")
-            text_of(problem.question)
-        return problems
-
-    def first(problem: Problem) -> str:
-        return text_of(task.first(problem))
-
-    def states(attempt: str, problem: Problem) -> str | None:
-        stated = task.states(attempt, problem)
-        return stated if stated is None else text_of(stated)
-
-    own = {"load": load, "first": first, "states": states, "same": task.same}
-    own |= {"rewards": rewards_of}
     if not isinstance(task.again, str) or not task.again.strip():
         raise InputError(f"--task {path}: again is {task.again!r}: give the words that ask again")
-    usual_out = {TASKS[name].training.get("out") for name in TASKS} | {None}
+    calls = {n: explained(path, n, getattr(task, n), check) for n, check in RESULTS.items()}
     training = dict(task.training)
-    if training.get("out") in usual_out:  # inherited, or not given
-        training["out"] = f"runs/{Path(path).stem}"
-    explaining = {name: explained(path, name, call) for name, call in own.items()}
-    return replace(task, training=training, **explaining)
+    if training.get("out") in {None, *(known.training.get("out") for known in TASKS.values())}:
+        training["out"] = f"runs/{Path(path).stem}"  # not that of the task it was inherited from
+    return replace(task, training=training, **calls)
 
 
-def text_of(value) -> str:
+def explained(path: str, name: str, call: Callable, check=lambda result, *_: result) -> Callable:
+    """A function of a task file whose errors are told in one sentence, with their line.
+
+    check(result, *arguments): what is made of its result; an error if it cannot be.
+    """
+
+    def called(*args, **flags):
+        try:
+            return check(call(*args, **flags), *args)
+        except InputError:
+            raise
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [frame.lineno for frame in frames if frame.filename == path]
+            where = f", line {lines[-1]}" if lines else ""
+            raise InputError(f"--task {path}{where}: {name} fails ({error!r}): mend it") from error
+
+    return called
+
+
+def as_problems(found, split: str, *_) -> tuple[Problem, ...]:
+    problems = tuple(found)
+    if not problems:
+        raise ValueError(f"no problem in {split}")
+    for problem in problems:
+        if not isinstance(problem, Problem):
+            raise TypeError(f"{problem!r:.40} is no Problem(question, answer)")
+        as_text(problem.question)
+    return problems
+
+
+def as_text(value, *_) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
     return value
 
 
-def explained(path: str, name: str, call: Callable) -> Callable:
-    """A function of a task file whose errors are told in one sentence, with their line."""
+def as_rewards(found, answers: list, *_) -> list[float]:
+    values = list(found)
+    if len(values) != len(answers):
+        raise ValueError(f"{len(values)} rewards for {len(answers)} answers")
+    if others := [value for value in values if value not in (0, 1)]:
+        raise ValueError(f"{others[0]!r} is no reward: give 1 (right) or 0 (wrong)")
+    return [float(value) for value in values]
 
-    def called(*args, **flags):
-        try:
-            return call(*args, **flags)
-        except InputError:
-            raise
-        except Exception as error:
-            lines = [
-                x.lineno for x in traceback.extract_tb(error.__traceback__) if x.filename == path
-            ]
-            where = f", line {lines[-1]}" if lines else ""
-            raise InputError(f"--task {path}{where}: {name} fails ({error!r}): mend it") from error
 
-    return called
+RESULTS = {  # of a task file's functions
+    "load": as_problems,
+    "first": as_text,
+    "states": lambda stated, *_: stated if stated is None else as_text(stated),
+    "rewards": as_rewards,
+    "same": lambda answer, *_: bool(answer),
+}
 
 
 def load_problems(
@@ -352,7 +355,10 @@ def load_problems(
     ids = ids or known.training.get("ids", "")
     flags = {"data": data, "ids": ids, "columns": columns or "question,answer"}
     problems = known.load(split, count, **{name: flags[name] for name in known.takes})
-    return tuple(replace(p, task=task, id=p.id or p.question) for p in problems)
+    return tuple(
+        p if p.task == task and p.id else replace(p, task=task, id=p.id or p.question)
+        for p in problems
+    )
 
 
 def check_task(task: str, **flags: str) -> None:
@@ -498,10 +504,9 @@ def render(tokenizer, completion: str, wording: Wording, messages: list[dict]) -
             enable_thinking=wording.thinking,
         )
     except Exception as error:  # whatever a template raises
-        reason = str(error).strip().partition("\n")[0]
         raise InputError(
-            f"the chat template of {tokenizer.name_or_path} cannot be used ({reason}): name "
-            "another --model"
+            f"the chat template of {tokenizer.name_or_path} cannot be used "
+            f"({first_line(error)}): name another --model"
         ) from error
 
 
