@@ -11,7 +11,7 @@ from torch.distributed.run import get_args_parser
 import metrics
 import score
 from config import Config, check_settings, configure, parse_eval_flags, parse_train_flags, plan_of
-from experiments import memory, reproduce, tables
+from experiments import landscape, memory, reproduce, tables
 from sample import Attempt, Episode
 from score import STAGES
 from sft import builtin_model, builtin_tokenizer
@@ -81,6 +81,9 @@ def test_the_tables_are_those_of_the_results_in_assets():
     elsewhere = {words: tables.read(name) for name, words in tables.ELSEWHERE.items()}
     assert tables.rounding(results, elsewhere) in published
     assert tables.summary(results, elsewhere.values()) in README
+    of_the_map = json.loads((root / "assets" / "map.json").read_text())
+    assert of_the_map["settings"] == {} and len(of_the_map["seeds"]) == 3
+    assert landscape.table(of_the_map) in published
     seeds = f"--seeds {results['seeds'][0]}-{results['seeds'][-1]}"
     assert seeds in README and seeds in published
 
