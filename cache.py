@@ -12,12 +12,11 @@ sampled but never fed, so it is read with p1. Next to read: tasks.py.
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fused import GROUPED, join
 from models import head
 
 # Shapes: B rows, n of them live, S new tokens, L columns in use, V vocabulary, D size of a head.
-# --- 1. Memory ---------------------------------------------------------------------------------
 
 
 class RowCache(Cache):
@@ -25,12 +24,15 @@ class RowCache(Cache):
 
     def __init__(self, model, rows: int, columns: int):
         config = model.config.get_text_config()
+        join(model)
         super().__init__(layers=[Layer(self) for _ in range(config.num_hidden_layers)])
         self.model, self.rows, self.columns = model, rows, columns
         self.window = getattr(config, "sliding_window", None)
         usual = "sliding_attention" if self.window else "full_attention"
         self.kinds = sorted(set(getattr(config, "layer_types", None) or [usual]))
-        self.row_at = torch.arange(rows, device=model.device)  # which row stands where
+        self.numbers = torch.arange(max(rows, columns), device=model.device)
+        self.mask = torch.tensor([-torch.inf, 0], dtype=model.dtype, device=model.device)
+        self.row_at = self.numbers[:rows].clone()  # which row stands where
         self.held = torch.zeros_like(self.row_at)  # tokens of each
         self.longest = 0  # of the live rows' tokens
         self.places = None  # rows (n, 1) and columns (n, S) of the new tokens
@@ -91,14 +93,20 @@ class RowCache(Cache):
                 tensor[there] = tensor[here]
         return order[:count]
 
+    def write(self, new: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`update` of a layer from keys and values in one tensor, (n, S, 2, G, D)."""
+        return self.layers[layer].write(new)
+
     def forward(self, tokens, positions, columns) -> torch.Tensor:
         """Last hidden states (n, S, d) of tokens at these positions, written to these columns."""
-        self.places = torch.arange(len(tokens), device=tokens.device)[:, None], columns
-        back = positions[:, None, :, None] - torch.arange(self.longest, device=tokens.device)
-        unseen = {"full_attention": back < 0}  # (n, 1, S, L)
-        if self.window:
-            unseen["sliding_attention"] = unseen["full_attention"] | (back >= self.window)
-        masks = {kind: unseen[kind] for kind in self.kinds}
+        self.places = self.numbers[: len(tokens), None], columns
+        used, newest = self.numbers[: self.longest], positions[:, None, :, None]
+        full = torch.where(used > newest, *self.mask)  # (n, 1, S, L)
+        masks = {"full_attention": full, "sliding_attention": full}
+        if self.window and self.longest > self.window:
+            unseen = (used > newest) | (used <= newest - self.window)
+            masks["sliding_attention"] = torch.where(unseen, *self.mask)
+        masks = {kind: masks[kind] for kind in self.kinds}
         config = self.model.config
         usual, config._attn_implementation = config._attn_implementation, GROUPED
         try:
@@ -114,7 +122,7 @@ class RowCache(Cache):
 
 
 class Layer(CacheLayerMixin):
-    """Keys and values (B, heads, columns, D) of one layer, made when the first come."""
+    """Keys and values (B, G, columns, D) of one layer, made when the first come."""
 
     def __init__(self, cache: RowCache):
         super().__init__()
@@ -124,17 +132,33 @@ class Layer(CacheLayerMixin):
         """Zeros, since what is masked has weight 0 but is multiplied all the same."""
         rows, columns = self.cache.rows, self.cache.columns + 1
         shapes = [(rows, x.shape[1], columns, x.shape[3]) for x in (key_states, value_states)]
-        self.keys, self.values = map(key_states.new_zeros, shapes)
+        if shapes[0] == shapes[1]:
+            self.both = key_states.new_zeros(2, *shapes[0])
+            self.keys, self.values = self.both
+        else:
+            self.keys, self.values = map(key_states.new_zeros, shapes)
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Write what is new (n, heads, S, D); returns all that is in use, (n, heads, L, D) each."""
+        """Write what is new (n, G, S, D); returns all that is in use, (n, G, L, D) each."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rows, columns = self.cache.places
         self.keys[rows, :, columns] = key_states.transpose(1, 2)
         self.values[rows, :, columns] = value_states.transpose(1, 2)
-        n, longest = len(key_states), self.cache.longest
+        return self.in_use(len(key_states))
+
+    def write(self, new: torch.Tensor):
+        """`update` from keys and values in one tensor, (n, S, 2, G, D)."""
+        if not self.is_initialized:
+            self.lazy_initialization(*new.permute(2, 0, 3, 1, 4))
+        rows, columns = self.cache.places
+        self.both[:, rows, :, columns] = new
+        return self.in_use(len(new))
+
+    def in_use(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the first n rows, (n, G, L, D) each."""
+        longest = self.cache.longest
         return self.keys[:n, :, :longest], self.values[:n, :, :longest]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -145,31 +169,3 @@ class Layer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self.cache.columns
-
-
-# --- 2. Attention --------------------------------------------------------------------------------
-
-GROUPED = "grouped"
-
-
-def grouped_attention(
-    module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs
-):
-    """Softcapped attention of queries (n, heads, S, D), one product for all that share a key.
-
-    attention_mask (n, 1, S, L) is where a query must NOT look. Returns (n, S, heads, D). Those of
-    transformers would copy the keys for each head that shares them.
-    """
-    (n, heads, size, width), (shared, columns) = query.shape, key.shape[1:3]
-    scores = query.reshape(n, shared, -1, width) @ key.transpose(2, 3)  # (n, shared, group * S, L)
-    scores.mul_(width**-0.5 if scaling is None else scaling)
-    if softcap:
-        scores.div_(softcap).tanh_().mul_(softcap)
-    scores = scores.view(n, shared, -1, size, columns)
-    scores.masked_fill_(attention_mask[:, None], -torch.inf)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    seen = weights.view(n, shared, -1, columns) @ value
-    return seen.view(n, heads, size, -1).transpose(1, 2), None
-
-
-ALL_ATTENTION_FUNCTIONS.register(GROUPED, grouped_attention)

@@ -67,6 +67,7 @@ class Config:
     rows: int = flag(500, "episodes sampled side by side: memory, not the result")
     micro_tokens: int = flag(16384, "tokens per forward pass: memory, not the result")
     recompute: int = flag(0, "1: compute activations again in backward, to hold fewer")
+    compile: int = flag(0, "1: torch.compile what samples and scores; takes minutes at first")
     save_every: int = flag(25, "steps between saves; the best of them is the stage's checkpoint")
     show_every: int = flag(25, "steps between transcripts in samples.txt")
     problems: int = flag(2000, "held-out problems in the table at the end")
@@ -163,7 +164,7 @@ def check_settings(cfg: Config, plan: list[Stage]) -> None:
     if not 0 <= cfg.offline <= 1:
         raise InputError(f"--offline {cfg.offline} is a share of the problems: give 0 to 1")
     check_precision(cfg.precision)
-    for name in ("recompute", "tensorboard", "thinking"):
+    for name in ("recompute", "compile", "tensorboard", "thinking"):
         if getattr(cfg, name) not in (0, 1):
             raise InputError(f"--{name} {getattr(cfg, name)} must be 0 or 1")
     if cfg.eval_every < 0:

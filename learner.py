@@ -113,6 +113,9 @@ def build(cfg: Config, plan: list[Stage], init: str, same_base: bool) -> tuple[L
     chat, problems, longest = ranks.on_all_ranks(questions, cfg, ref, tokenizer)
     base = models.fingerprint(ref)
     full_copy = models.distribute(policy, ref, cfg.precision)
+    if cfg.compile:
+        for model in filter(None, (policy, ref, full_copy)):
+            ranks.on_all_ranks(models.compile_body, model)
     whole = ranks.unshard(ref, full_copy)
     ranks.on_all_ranks(check_sampling, whole, longest, bool(cfg.recompute))
     adam = models.adam(policy, cfg.lr)

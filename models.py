@@ -3,7 +3,7 @@
 A bfloat16 policy is kept twice: float32 masters, which Adam steps and which are rounded where they
 compute (ranks.py), and the rounded weights, which sample and are what a checkpoint holds. So the
 policy that is scored is the one that was sampled, and while it equals the reference their KL is
-exactly 0. Next to read: ranks.py.
+exactly 0. Next to read: fused.py.
 """
 
 import copy
@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import ranks
 from data import InputError, first_line
+from fused import GROUPED, fuse
 
 # --- 1. Checkpoints --------------------------------------------------------------------------
 
@@ -61,7 +62,7 @@ def load_model(name: str, precision: str = "float32"):
     """The model of a checkpoint folder or a hub name, in eval mode.
 
     precision: "float32" or "bfloat16", whatever the checkpoint was saved in. Models with an
-    attention softcap (Gemma 2) get eager attention: sdpa may drop the softcap. Of a model that
+    attention softcap (Gemma 2) get an attention that has it: sdpa may drop it. Of a model that
     sees pictures, too (Gemma 3 4B), the text part is loaded.
     """
     quiet_transformers()
@@ -70,7 +71,7 @@ def load_model(name: str, precision: str = "float32"):
         whole = AutoConfig.from_pretrained(name)
         config = whole.get_text_config()
         without_dropout(config)
-        attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+        attention = GROUPED if getattr(config, "attn_logit_softcapping", None) else None
         model, loading = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
@@ -84,7 +85,7 @@ def load_model(name: str, precision: str = "float32"):
         raise InputError(f"{name} is no checkpoint that can be loaded: {reason}") from error
     if loading["missing_keys"] or loading["mismatched_keys"]:
         raise InputError(f"{name} is no whole checkpoint: weights are missing")
-    return (model if config is whole else plain_copy(model, attention)).eval()
+    return fuse(model if config is whole else plain_copy(model, attention)).eval()
 
 
 def plain_copy(model, attention: str | None):
@@ -178,6 +179,20 @@ def recompute_activations(policy) -> None:
         enable({"use_reentrant": False})
     except ValueError as error:
         raise InputError(f"--recompute 1 is not known to {policy.name_or_path}: give 0") from error
+
+
+def compile_body(model, backend: str = "inductor") -> None:
+    """Let torch.compile the body, of a sharded model layer by layer; lengths may vary.
+
+    What is scored with a gradient and without, as the KL's two sides are, is then no longer equal
+    to the last bit.
+    """
+    if not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        raise InputError("--compile 1 needs a C++ compiler such as g++: install one, or give 0")
+    layers = model._no_split_modules if hasattr(model, "gathered") else ()
+    parts = [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") in layers]
+    for part in parts or [model.base_model]:
+        part.compile(dynamic=True, backend=backend)
 
 
 # --- 2. Body and head ------------------------------------------------------------------------

@@ -95,7 +95,8 @@ def rollout(
 
 def rollout_rows(model, chat: Chat, problems, sampling: Sampling, begun, uniforms):
     """`rollout` of as many rows as are decoded side by side; uniforms (B, attempts, tokens)."""
-    x1 = {problem.id: chat.x1(problem) for problem in problems}
+    each = {problem.id: problem for problem in problems}
+    x1 = dict(zip(each, chat.x1s(list(each.values())), strict=True))
     prompts = [x1[problem.id] for problem in problems]
     attempts = [list(episode.attempts) for episode in begun] or [[] for _ in problems]
     longest = max(map(len, prompts))
@@ -200,7 +201,7 @@ def askable(problems, model, chat: Chat, sampling: Sampling) -> tuple[list[Probl
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
     room = chat.room(sampling.attempts, sampling.max_new_tokens)
-    lengths = chat.x1_lengths(problems)
+    lengths = list(map(len, chat.x1s(problems)))
     fits = [length + room <= positions for length in lengths]
     kept = [problem for problem, fit in zip(problems, fits, strict=True) if fit]
     if len(kept) < len(problems):

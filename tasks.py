@@ -438,18 +438,18 @@ class Chat:
 
     def x1(self, problem: Problem) -> list[int]:
         """The first prompt's token ids; the template writes the one BOS."""
-        return self.tokenizer(self.first_text(problem), add_special_tokens=False).input_ids
+        return self.x1s([problem])[0]
+
+    def x1s(self, problems: list[Problem]) -> list[list[int]]:
+        """`x1` of many problems at once, which is faster."""
+        texts = [self.first_text(problem) for problem in problems]
+        return self.tokenizer(texts, add_special_tokens=False).input_ids
 
     def first_text(self, problem: Problem) -> str:
         """The first prompt, in the model's template."""
         asked = self.prompt.replace("{question}", problem.question)
         asked = asked or find_task(problem.task).first(problem)
         return self.render([{"role": "user", "content": asked}])
-
-    def x1_lengths(self, problems: list[Problem]) -> list[int]:
-        """The lengths of their first prompts in tokens, all at once, which is faster."""
-        texts = [self.first_text(problem) for problem in problems]
-        return list(map(len, self.tokenizer(texts, add_special_tokens=False).input_ids))
 
     def text(self, tokens: list[int]) -> str:
         """An attempt as text, without its end token; stray special tokens stay visible."""

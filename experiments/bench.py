@@ -1,7 +1,7 @@
 """How fast is it? Things are timed side by side in one run: medians, and the spread of the ratio.
 
 python experiments/bench.py                   all parts, 15 minutes on two cores
-python experiments/bench.py rollout --k 1     some: rollout, step, log_probs, growth, checker ...
+python experiments/bench.py rollout --k 1     some: rollout, operations, step, growth ...
 
 CPU seconds of one thread, since other programs may share the cores; on a GPU seconds. Models have
 random weights, prompts are random tokens, and attempts end where they are told to, so that everyone
@@ -18,6 +18,7 @@ import random
 import statistics
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,6 +28,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,9 +38,11 @@ import models  # noqa: E402
 import ranks  # noqa: E402
 import sample  # noqa: E402
 import score  # noqa: E402
+from cache import RowCache  # noqa: E402
 from checkers import sandbox  # noqa: E402
 from config import Config, configure  # noqa: E402
 from data import Problem  # noqa: E402
+from fused import GROUPED, fuse  # noqa: E402
 from learner import Learner  # noqa: E402
 from rewards import math_reward  # noqa: E402
 from tasks import Chat, load_problems  # noqa: E402
@@ -55,7 +59,7 @@ FAMILIES = "Gemma2 Gemma3Text Llama Qwen2 Qwen3 Mistral Phi3 GPT2".split()
 
 
 def make_model(layers: int, hidden: int, heads: int, vocabulary: int, family: str = "Gemma2"):
-    """A random model of a family of transformers, in eval mode."""
+    """A random model of a family of transformers, in eval mode; its own modules, not yet fused."""
     ends = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
     if family == "GPT2":
         sizes = {"n_layer": layers, "n_embd": hidden, "n_head": heads, "n_positions": 2048}
@@ -82,9 +86,11 @@ class RandomChat:
     p2: None = None
     after, room = Chat.after, Chat.room
 
-    def x1(self, problem: Problem) -> list[int]:
-        draw = random.Random(problem.id)
-        return [2, *(draw.randrange(3, 64) for _ in range(draw.randrange(*self.lengths) - 1))]
+    def x1s(self, problems: list[Problem]) -> list[list[int]]:
+        draws = [random.Random(problem.id) for problem in problems]
+        widths = [draw.randrange(*self.lengths) - 1 for draw in draws]
+        words = [[d.randrange(3, 64) for _ in range(n)] for d, n in zip(draws, widths, strict=True)]
+        return [[2, *row] for row in words]
 
     def text(self, tokens: list[int]) -> str:
         return ""
@@ -190,9 +196,10 @@ def bench_rollout(k: int) -> None:
 def bench_family(size: str, family: str, k: int) -> None:
     """A line for `generate` and for the rollout of one model, full and varied."""
     *shape, rows = SIZES[size]
-    model = make_model(*shape, family).to(ranks.device())
+    own = make_model(*shape, family).to(ranks.device())
+    model = fuse(copy.deepcopy(own))
     problems = [Problem("", "", "sums", str(i // k)) for i in range(rows)]
-    prompts = [CHAT.x1(problem) for problem in problems]
+    prompts = CHAT.x1s(problems)
     draw = random.Random(0)
     pairs = [[draw.lognormvariate(2.2, 0.6) for _ in range(2)] for _ in prompts]
     varied = [[min(TOKENS, 1 + int(length)) for length in pair] for pair in pairs]
@@ -203,7 +210,7 @@ def bench_family(size: str, family: str, k: int) -> None:
         ours = partial(sample.rollout, model, CHAT, problems, sampling)
         made = [[len(y.tokens) for y in episode.attempts] for episode in ours()]
         assert made == lengths, "attempts did not end where they were told to"
-        theirs = partial(generate, model, prompts, lengths)
+        theirs = partial(generate, own, prompts, lengths)
         timers = {"model.generate": partial(timed, theirs), "rollout": partial(timed, ours)}
         title = f"rollout, {family} {size}, {rows} rows, {k} a prompt, {kind}"
         compare(f"{title}: {sum(map(sum, lengths))} tokens", interleave(timers), "model.generate")
@@ -214,7 +221,8 @@ def bench_family(size: str, family: str, k: int) -> None:
 
 
 def make_learner(precision: str, **settings) -> Learner:
-    ref = make_model(*SIZES["tiny"][:-1]).to(getattr(torch, precision))
+    ref = fuse(make_model(*SIZES["tiny"][:-1])).to(getattr(torch, precision))
+    ref.set_attn_implementation(GROUPED)
     policy = copy.deepcopy(ref)
     full_copy = models.distribute(policy, ref.requires_grad_(False), precision)
     cfg = configure({"precision": precision, "micro_tokens": MICRO_TOKENS, **settings})
@@ -299,7 +307,8 @@ def log_probs(everywhere: bool, rows: int) -> tuple[float, float]:
     Half of the tokens are attempts. everywhere: log_softmax of the model's logits at all of them.
     """
     torch.set_num_threads(1)
-    ref = make_model(1, 256, 4, 256_000)
+    ref = fuse(make_model(1, 256, 4, 256_000))
+    ref.set_attn_implementation(GROUPED)
     policy = copy.deepcopy(ref)
     tokens = torch.randint(3, 64, (rows, 64))
     numbers = torch.where(torch.arange(64) < 32, 0, 1).expand(rows, 64)
@@ -332,6 +341,57 @@ def bench_log_probs() -> None:
         seconds = interleave({name: partial(once, name) for name in names})
         compare(f"log-probs and KL of {rows} x 64 tokens", seconds, "log_softmax at all tokens")
         print("  peak above the weights: " + ", ".join(f"{x:.1f} GB" for x in memory.values()))
+
+
+# --- 5. Operations -------------------------------------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that are no views, by name, as a GPU starts them.
+
+    Composite ones are taken apart, except RMSNorm, for which a GPU has one.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name, kwargs = operation.overloadpacket.__name__, kwargs or {}
+        if name != "rms_norm":
+            with self:
+                parts = operation.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        view = operation.is_view or name in ("_unsafe_view", "detach")
+        self.counts[name] += not view
+        return operation(*args, **kwargs)
+
+
+def operations(dtype: torch.dtype, fused: bool, scoring: bool) -> Counter:
+    """Of one step of decoding 64 rows, or of scoring them, by Gemma 2 with 26 layers, as the 2B."""
+    model = make_model(26, 64, 8, 64).to(dtype)
+    if fused:
+        fuse(model).set_attn_implementation(GROUPED)
+    with torch.inference_mode():
+        rows = RowCache(model, 64, 48)
+        rows.read([[2, 5, 6 + row % 50] for row in range(64)])
+        with Operations() as found:
+            if scoring:
+                models.last_hidden(model, torch.full((64, 48), 5))
+            else:
+                rows.step(torch.arange(64))
+    return found.counts
+
+
+def bench_operations() -> None:
+    """How many operations a step of decoding and a pass of scoring start, before and after."""
+    print("\noperations that are no views, Gemma 2 with 26 layers: own modules, fused")
+    for scoring in (False, True):
+        for dtype in (torch.float32, torch.bfloat16):
+            counts = [operations(dtype, fused, scoring).total() for fused in (False, True)]
+            what = "scoring" if scoring else "a step of decoding"
+            print(f"  {what:20}{str(dtype).removeprefix('torch.'):10}{counts[0]:6}{counts[1]:6}")
 
 
 def toss_coins() -> None:
@@ -412,7 +472,7 @@ def bench_checker() -> None:
 
 def main() -> None:
     """Print what was asked for."""
-    parts = ("rollout", "step", "log_probs", "growth", "checker", "programs")
+    parts = ("rollout", "operations", "step", "log_probs", "growth", "checker", "programs")
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("parts", nargs="*", choices=[*parts, []], help="default: all")
     parser.add_argument("--k", type=int, default=8, help="samples a prompt, in rollout")
@@ -423,7 +483,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {where}")
     jobs = {"rollout": partial(bench_rollout, args.k), "step": bench_step}
     jobs |= {"log_probs": bench_log_probs, "growth": bench_growth, "checker": bench_checker}
-    jobs["programs"] = bench_programs
+    jobs |= {"programs": bench_programs, "operations": bench_operations}
     for part in args.parts or parts:
         jobs[part]()
 

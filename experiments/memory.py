@@ -24,6 +24,7 @@ import score  # noqa: E402
 from config import Config, configure  # noqa: E402
 from data import Problem  # noqa: E402
 from experiments.bench import RandomChat  # noqa: E402
+from fused import GROUPED, fuse  # noqa: E402
 from learner import Learner  # noqa: E402
 from sample import Episode  # noqa: E402
 
@@ -52,7 +53,7 @@ SIZES = {  # the configs of google/gemma-2-2b, -9b and -27b, where they differ f
 
 def gemma_config(**sizes: int) -> Gemma2Config:
     """google/gemma-2-2b, whose sizes are the defaults of Gemma2Config, or another one."""
-    return Gemma2Config(**sizes, attn_implementation="eager")
+    return Gemma2Config(**sizes, attn_implementation=GROUPED)
 
 
 def weights_of(config: Gemma2Config) -> int:
@@ -141,7 +142,7 @@ def measure(args: argparse.Namespace) -> str:
     """One step from sampling to Adam, after one that warms up; random rewards."""
     torch.manual_seed(0)
     config = gemma_config(num_hidden_layers=args.layers, hidden_size=args.width)
-    ref = Gemma2ForCausalLM(config).to(torch.bfloat16).eval()
+    ref = fuse(Gemma2ForCausalLM(config)).to(torch.bfloat16).eval()
     policy = copy.deepcopy(ref)
     models.recompute_activations(policy)
     full_copy = models.distribute(policy, ref.requires_grad_(False), "bfloat16")

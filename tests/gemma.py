@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers import Tokenizer, decoders, normalizers, processors
 from tokenizers import models as tokenizer_models
 from tokenizers.trainers import BpeTrainer
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
@@ -48,6 +48,9 @@ def gemma_tokenizer(task: str = "math") -> PreTrainedTokenizerFast:
     core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
     trainer = BpeTrainer(vocab_size=900, special_tokens=SPECIAL, show_progress=False)
     core.train_from_iterator([*texts, MATH_PROMPT, MATH_CORRECTION, "model", "user\n"], trainer)
+    core.post_processor = processors.TemplateProcessing(  # as Gemma's, unless it is told not to
+        single="<bos> $A", special_tokens=[("<bos>", SPECIAL.index("<bos>"))]
+    )
     names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(
         tokenizer_object=core,

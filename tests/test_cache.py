@@ -223,7 +223,7 @@ def test_what_stands_in_unused_columns_is_never_seen(model, chat, problems, monk
 def test_the_model_attends_as_before_after_it_has_sampled(model, chat, problems):
     usual = model.config._attn_implementation
     rollout(model, chat, problems, Sampling(2, 6, 1.0))
-    assert model.config._attn_implementation == usual == "eager"
+    assert model.config._attn_implementation == usual == "grouped"
 
 
 @torch.inference_mode()

@@ -146,7 +146,7 @@ def test_recomputing_is_refused_where_a_model_does_not_know_it(monkeypatch):
         models.recompute_activations(model)
 
 
-def test_loading_sets_the_precision_and_takes_dropout_out_and_gemma_2_gets_eager(
+def test_loading_sets_the_precision_and_takes_dropout_out_and_gemma_2_keeps_its_softcap(
     tmp_path, monkeypatch
 ):
     config = GPT2Config(vocab_size=115, n_embd=32, n_layer=1, n_head=2, resid_pdrop=0.3)
@@ -167,9 +167,9 @@ def test_loading_sets_the_precision_and_takes_dropout_out_and_gemma_2_gets_eager
         return load(*args, **settings)
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", recorded)
-    assert load_checkpoint(str(tmp_path / "gemma"))[0].config._attn_implementation == "eager"
+    assert load_checkpoint(str(tmp_path / "gemma"))[0].config._attn_implementation == "grouped"
     load_checkpoint(str(tmp_path / "gpt2"))
-    assert asked == ["eager", None]  # asked for by name, since the default may drop the softcap
+    assert asked == ["grouped", None]  # asked for by name, since the default may drop the softcap
 
 
 def test_the_kv_cache_is_gone_when_the_rollout_returns(chat, problems):

@@ -98,7 +98,7 @@ def test_a_run_writes_its_folder_and_checkpoints_load(finished):
     assert all(line["on_policy_gap"] < 1e-3 for line in lines)
     for stage in ("stage1", "stage2"):
         model, tokenizer = load_checkpoint(str(finished / stage))
-        assert tokenizer.chat_template and model.config._attn_implementation == "eager"
+        assert tokenizer.chat_template and model.config._attn_implementation == "grouped"
     samples = (finished / "samples.txt").read_text()
     assert "attempt 1" in samples and "wrong" in samples and "problem" in samples
     assert not [path for path in finished.iterdir() if path.suffix in (".part", ".old")]
