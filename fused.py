@@ -23,19 +23,19 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 GROUPED = "grouped"  # the attention that samples, and that scores where there is a softcap
 FAMILIES = ("Gemma2", "Gemma3", "Llama", "Mistral", "Qwen2", "Qwen3")
-NORMS = {f"{family}RMSNorm" for family in (*FAMILIES, "Phi3")}
-ROTARY = {f"{family}RotaryEmbedding" for family in FAMILIES}
 
 
 def fuse(model):
     """The model, with its modules replaced. Shapes, weights and results stay, up to rounding."""
-    fresh = dict.fromkeys(NORMS, Norm) | dict.fromkeys(ROTARY, Rotary)
-    fresh |= {f"{family}Attention": Attention for family in FAMILIES}
-    fresh |= {f"{family}MLP": GatedMlp for family in FAMILIES}
+    parts = {"RMSNorm": Norm, "RotaryEmbedding": Rotary, "Attention": Attention, "MLP": GatedMlp}
+    fresh = {f"{family}{part}": kind for family in FAMILIES for part, kind in parts.items()}
+    fresh["Phi3RMSNorm"] = Norm
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child).__name__ in fresh:
                 setattr(parent, name, fresh[type(child).__name__](child))
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation(GROUPED)
     return model
 
 

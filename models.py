@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import ranks
 from data import InputError, first_line
-from fused import GROUPED, fuse
+from fused import fuse
 
 # --- 1. Checkpoints --------------------------------------------------------------------------
 
@@ -62,7 +62,7 @@ def load_model(name: str, precision: str = "float32"):
     """The model of a checkpoint folder or a hub name, in eval mode.
 
     precision: "float32" or "bfloat16", whatever the checkpoint was saved in. Models with an
-    attention softcap (Gemma 2) get an attention that has it: sdpa may drop it. Of a model that
+    attention softcap (Gemma 2) are loaded with eager attention: sdpa may drop it. Of a model that
     sees pictures, too (Gemma 3 4B), the text part is loaded.
     """
     quiet_transformers()
@@ -71,7 +71,7 @@ def load_model(name: str, precision: str = "float32"):
         whole = AutoConfig.from_pretrained(name)
         config = whole.get_text_config()
         without_dropout(config)
-        attention = GROUPED if getattr(config, "attn_logit_softcapping", None) else None
+        attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
         model, loading = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
@@ -184,8 +184,8 @@ def recompute_activations(policy) -> None:
 def compile_body(model, backend: str = "inductor") -> None:
     """Let torch.compile the body, of a sharded model layer by layer; lengths may vary.
 
-    What is scored with a gradient and without, as the KL's two sides are, is then no longer equal
-    to the last bit.
+    The KL compares what is scored with a gradient and without. Of equal models it may then differ
+    from 0 by rounding.
     """
     if not any(map(shutil.which, ("g++", "clang++", "c++"))):
         raise InputError("--compile 1 needs a C++ compiler such as g++: install one, or give 0")

@@ -42,7 +42,7 @@ from cache import RowCache  # noqa: E402
 from checkers import sandbox  # noqa: E402
 from config import Config, configure  # noqa: E402
 from data import Problem  # noqa: E402
-from fused import GROUPED, fuse  # noqa: E402
+from fused import fuse  # noqa: E402
 from learner import Learner  # noqa: E402
 from rewards import math_reward  # noqa: E402
 from tasks import Chat, load_problems  # noqa: E402
@@ -222,7 +222,6 @@ def bench_family(size: str, family: str, k: int) -> None:
 
 def make_learner(precision: str, **settings) -> Learner:
     ref = fuse(make_model(*SIZES["tiny"][:-1])).to(getattr(torch, precision))
-    ref.set_attn_implementation(GROUPED)
     policy = copy.deepcopy(ref)
     full_copy = models.distribute(policy, ref.requires_grad_(False), precision)
     cfg = configure({"precision": precision, "micro_tokens": MICRO_TOKENS, **settings})
@@ -308,7 +307,6 @@ def log_probs(everywhere: bool, rows: int) -> tuple[float, float]:
     """
     torch.set_num_threads(1)
     ref = fuse(make_model(1, 256, 4, 256_000))
-    ref.set_attn_implementation(GROUPED)
     policy = copy.deepcopy(ref)
     tokens = torch.randint(3, 64, (rows, 64))
     numbers = torch.where(torch.arange(64) < 32, 0, 1).expand(rows, 64)
@@ -372,7 +370,7 @@ def operations(dtype: torch.dtype, fused: bool, scoring: bool) -> Counter:
     """Of one step of decoding 64 rows, or of scoring them, by Gemma 2 with 26 layers, as the 2B."""
     model = make_model(26, 64, 8, 64).to(dtype)
     if fused:
-        fuse(model).set_attn_implementation(GROUPED)
+        fuse(model)
     with torch.inference_mode():
         rows = RowCache(model, 64, 48)
         rows.read([[2, 5, 6 + row % 50] for row in range(64)])

@@ -24,7 +24,7 @@ import score  # noqa: E402
 from config import Config, configure  # noqa: E402
 from data import Problem  # noqa: E402
 from experiments.bench import RandomChat  # noqa: E402
-from fused import GROUPED, fuse  # noqa: E402
+from fused import fuse  # noqa: E402
 from learner import Learner  # noqa: E402
 from sample import Episode  # noqa: E402
 
@@ -53,7 +53,7 @@ SIZES = {  # the configs of google/gemma-2-2b, -9b and -27b, where they differ f
 
 def gemma_config(**sizes: int) -> Gemma2Config:
     """google/gemma-2-2b, whose sizes are the defaults of Gemma2Config, or another one."""
-    return Gemma2Config(**sizes, attn_implementation=GROUPED)
+    return Gemma2Config(**sizes, attn_implementation="eager")
 
 
 def weights_of(config: Gemma2Config) -> int:

@@ -14,7 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a missing model is missing at once
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks want two GPUs, or none
 
 from experiments.compare import state_tensors as read_state  # noqa: F401
-from fused import GROUPED, fuse
+from fused import fuse
 from models import save_checkpoint
 from sft import builtin_model, builtin_tokenizer
 from tasks import load_problems, read_chat
@@ -28,7 +28,6 @@ def model():
 
 def make_model(seed: int):
     model = fuse(builtin_model(builtin_tokenizer(), seed)).eval()
-    model.set_attn_implementation(GROUPED)
     for layer in model.model.layers:
         layer.self_attn.q_proj.weight.data *= 12  # at random init the softcap is invisible
         layer.self_attn.k_proj.weight.data *= 12

@@ -1,12 +1,15 @@
 """Sampling, for every family of models: what is read, where it is kept, and what is refused."""
 
 import copy
+import os
+import signal
 
 import pytest
 import torch
 import transformers
 from conftest import make_model
 from gemma import gemma_tokenizer
+from test_runs import assert_equal, interrupt_at, run_score, signals, tree  # noqa: F401
 from test_sample import greedy_without_cache
 from torch import nn
 
@@ -95,6 +98,20 @@ def test_sampled_log_probs_are_the_scored_ones_and_rows_are_independent(family, 
     alone = rollout(family, chat, asked, Sampling(3, 9, 1.0, rows=1))
     tokens = [[[y.tokens for y in e.attempts] for e in made] for made in (episodes, alone)]
     assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_stopped_run_of_each_family_resumes_bit_for_bit(kind, tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "model", make(kind), gemma_tokenizer())
+    flags = ["--model", tmp_path / "model", "--stage", "1", "--steps1", "2", "--batch", "4"]
+    flags += ["--k", "2", "--problems", "4", "--max-new-tokens", "4"]
+    assert run_score("--out", tmp_path / "whole", *flags) == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 0, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert run_score("--out", tmp_path / "stopped", *flags) == 0
+    assert run_score("--resume", "--out", tmp_path / "stopped") == 0
+    assert_equal(tree(tmp_path / "stopped"), tree(tmp_path / "whole"))
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "stage1")
 
 
 def test_of_a_model_that_sees_pictures_the_text_part_is_trained(tmp_path, asked):
