@@ -66,7 +66,7 @@ FAR = 3
 PHASES = (
     Phase(400, (3,), slow=0.5, right=0.5, slip=0.3),
     Phase(600, (3, 10), slow=0.5, right=0.5, slip=0.3),
-    Phase(120, (3, 10), slow=0.3, right=0.009, slip=0.013),
+    Phase(120, (3, 10), slow=0.3, right=0.018, slip=0.026),
 )
 FIT_BATCH = 384  # attempts a step
 FIT_LR, FIT_RAMP, FIT_DECAY = 6e-3, 20, 200  # peak; steps of linear rise and of linear decay
