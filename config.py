@@ -21,6 +21,7 @@ from tasks import ATTEMPT_FLAGS, TASKS, Wording, check_task, find_task, settings
 
 COLDEST = 0.01  # temperature: what is divided by less may not be finite
 VOTES_TEMPERATURE = 0.7  # section 6.2
+LORA_LR = 10  # times the learning rate; NOT STATED, of "LoRA Without Regret"
 
 # --- 1. Settings of a run ----------------------------------------------------------------------
 
@@ -54,7 +55,7 @@ class Config:
         128, "episodes per step, k per problem; Table 8: 512, whether episodes is NOT STATED"
     )
     k: int = flag(8, "samples per problem, at least 2; NOT STATED, RLOO's paper: 2 and 4")
-    lr: float = flag(5e-4, "Adam's rate; Table 8: 5e-6, a small model takes more")
+    lr: float = flag(5e-4, "Adam's rate; Table 8: 5e-6, a small model takes more; with --lora x10")
     alpha: float = flag(10.0, "weight of the bonus; Table 8")
     beta1: float = flag(0.12, "weight of the ordinary KL; Table 8: 0.01")
     beta2: float = flag(0.1, "weight of Stage I's KL on attempt 1; Table 8")
@@ -63,6 +64,7 @@ class Config:
     offline: float = flag(0.0, "share of problems whose attempt 1 is the base's (section 5.3)")
     clip: float = flag(1.0, "largest gradient norm; NOT STATED, 1 is the custom")
     max_new_tokens: int = flag(10, "of one attempt; NOT STATED, a sum needs 9")
+    lora: int = flag(0, "rank of LoRA adapters; 0 trains all weights, as the paper does")
     precision: str = flag("float32", "of the policy; bfloat16 has float32 masters")
     rows: int = flag(500, "episodes sampled side by side: memory, not the result")
     micro_tokens: int = flag(16384, "tokens per forward pass: memory, not the result")
@@ -86,6 +88,8 @@ def configure(typed: dict) -> Config:
     settings = {**settings_of(task), **typed}
     for name in sorted(set(settings) - {item.name for item in fields(Config)}):
         raise InputError(f"--task {task} sets {name!r} in training, which score.py has not")
+    if settings.get("lora") and "lr" not in typed:
+        settings["lr"] = LORA_LR * settings.get("lr", Config.lr)
     return Config(**settings)
 
 
@@ -167,8 +171,9 @@ def check_settings(cfg: Config, plan: list[Stage]) -> None:
     for name in ("recompute", "compile", "tensorboard", "thinking"):
         if getattr(cfg, name) not in (0, 1):
             raise InputError(f"--{name} {getattr(cfg, name)} must be 0 or 1")
-    if cfg.eval_every < 0:
-        raise InputError(f"--eval-every {cfg.eval_every} must be 0 or more")
+    for name in ("eval_every", "lora"):
+        if getattr(cfg, name) < 0:
+            raise InputError(f"{as_flag(name)} {getattr(cfg, name)} must be 0 or more")
     if cfg.model == "builtin" and cfg.task != "sums":
         raise InputError(f"--model builtin can only add: name a model for --task {cfg.task}")
 

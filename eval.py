@@ -40,8 +40,8 @@ import figures
 import ranks
 import report
 from data import InputError, Problem, read_jsonl
+from lora import load_checkpoint
 from metrics import as_table, by_group, evaluate, intervals, measure
-from models import load_checkpoint
 from runs import as_words, base_in, disk_errors_explained, locked, read_json, write_atomically
 from sample import Attempt, Episode, Sampling, askable, check_sampling, rollout
 from tasks import (

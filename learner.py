@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+import lora
 import models
 import ranks
 import runs
@@ -37,6 +38,7 @@ class Learner:
     cfg: Config
     plan: list[Stage] = field(default_factory=list)
     sampler: torch.nn.Module | None = None  # who attempts, if not the policy
+    base: torch.nn.Module | None = None  # with --lora: whose weights all of them share
 
 
 def open_training(typed: dict, stages: dict[str, Stage]) -> tuple[Learner, Run, Progress]:
@@ -90,8 +92,9 @@ def as_asked(learner: Learner) -> str:
 
 def check_space(learner: Learner, index: int, states: int) -> None:
     """Raise InputError without room for stages from `index` on and so many more saved states."""
-    weights = sum(weight.numel() for weight in learner.ref.parameters())
-    size, left = getattr(torch, learner.cfg.precision).itemsize, len(learner.plan) - index
+    weights = sum(weight.numel() for weight in models.trained(learner.policy).values())
+    precision = "float32" if learner.cfg.lora else learner.cfg.precision
+    size, left = getattr(torch, precision).itemsize, len(learner.plan) - index
     runs.check_space(Path(learner.cfg.out), weights, size, left, states)
 
 
@@ -107,19 +110,23 @@ def build(cfg: Config, plan: list[Stage], init: str, same_base: bool) -> tuple[L
     same_base: may the built-in base model in the run folder be used, if there is one? Returns the
     base model's fingerprint, too.
     """
-    policy = ranks.on_all_ranks(models.load_model, init, cfg.precision) if init else None
+    if cfg.lora:
+        ranks.on_all_ranks(lora.import_peft)
+    whole = init and not cfg.lora
+    policy = ranks.on_all_ranks(models.load_model, init, cfg.precision) if whole else None
     ranks.on_all_ranks(fit_base, cfg, same_base)
     policy, ref, tokenizer = ranks.on_all_ranks(add_reference, policy, cfg, init)
     chat, problems, longest = ranks.on_all_ranks(questions, cfg, ref, tokenizer)
     base = models.fingerprint(ref)
-    full_copy = models.distribute(policy, ref, cfg.precision)
+    full_copy = None if cfg.lora else models.distribute(policy, ref, cfg.precision)
     if cfg.compile:
         for model in filter(None, (policy, ref, full_copy)):
             ranks.on_all_ranks(models.compile_body, model)
-    whole = ranks.unshard(ref, full_copy)
+    whole = ranks.unshard(policy if cfg.lora else ref, full_copy)
     ranks.on_all_ranks(check_sampling, whole, longest, bool(cfg.recompute))
     adam = models.adam(policy, cfg.lr)
-    return Learner(policy, ref, full_copy, adam, chat, problems, cfg, plan), base
+    learner = Learner(policy, ref, full_copy, adam, chat, problems, cfg, plan, base=ref)
+    return learner, base
 
 
 def fit_base(cfg: Config, same_base: bool) -> None:
@@ -131,16 +138,25 @@ def fit_base(cfg: Config, same_base: bool) -> None:
 
 
 def add_reference(policy, cfg: Config, init: str):
-    """Policy (a copy of the base model if it is None), reference and tokenizer, on the CPU."""
+    """Policy (a copy of the base model if it is None), reference and tokenizer, on the CPU.
+
+    With --lora, both are on the device, and share the weights of the base model.
+    """
     base = runs.base_in(Path(cfg.out), cfg.model)
     ref, tokenizer = models.load_checkpoint(base, cfg.precision)
-    policy = policy or copy.deepcopy(ref)
-    shapes = [[weight.shape for weight in model.parameters()] for model in (policy, ref)]
-    if shapes[0] != shapes[1]:
-        raise InputError(f"--init {init} has another architecture than the base {cfg.model}")
+    ref.requires_grad_(False)
+    if cfg.lora:
+        if init:
+            lora.check_init(init, cfg.lora, ref)
+        policy = lora.with_adapters(ref.to(ranks.device()), cfg.lora, cfg.seed, init)
+    else:
+        policy = (policy or copy.deepcopy(ref)).requires_grad_(True)
+        shapes = [[weight.shape for weight in model.parameters()] for model in (policy, ref)]
+        if shapes[0] != shapes[1]:
+            raise InputError(f"--init {init} has another architecture than the base {cfg.model}")
     if cfg.recompute:
         models.recompute_activations(policy)
-    return policy.requires_grad_(True), ref.requires_grad_(False), tokenizer
+    return policy, ref, tokenizer
 
 
 def questions(cfg: Config, model, tokenizer) -> tuple[Chat, list[Problem], int]:
@@ -156,10 +172,9 @@ def enter_stage(learner: Learner, folder: Path, index: int, step: int) -> None:
     before = checkpoint_before(learner, folder, index)
     learner.sampler = None
     if stage.reference == "before":
-        ranks.copy_weights(learner.ref, read_model(learner, before))
+        set_reference(learner, before)
     elif index and plan[index - 1].reference == "before":
-        base = runs.base_in(folder, learner.cfg.model)
-        ranks.copy_weights(learner.ref, read_model(learner, base))
+        set_reference(learner, runs.base_in(folder, learner.cfg.model))
     if stage.sampler == "before":
         learner.sampler = read_model(learner, before).to(ranks.device())
     first = index
@@ -177,8 +192,22 @@ def checkpoint_before(learner: Learner, folder: Path, index: int) -> str:
     return learner.cfg.init or runs.base_in(folder, learner.cfg.model)
 
 
+def set_reference(learner: Learner, checkpoint: str) -> None:
+    """Let the KL be to a checkpoint."""
+    model = read_model(learner, checkpoint)
+    if learner.cfg.lora:
+        learner.ref = model.requires_grad_(False)
+    else:
+        ranks.copy_weights(learner.ref, model)
+
+
 def read_model(learner: Learner, checkpoint: str):
-    return ranks.on_all_ranks(models.load_model, checkpoint, learner.cfg.precision)
+    """The model of a checkpoint of this run; with --lora, over the weights of its base."""
+    cfg = learner.cfg
+    if cfg.lora:
+        settings = learner.base, cfg.lora, cfg.seed, checkpoint
+        return ranks.on_all_ranks(lora.with_adapters, *settings)
+    return ranks.on_all_ranks(models.load_model, checkpoint, cfg.precision)
 
 
 def leave_stage(learner: Learner, checkpoint: Path) -> tuple[list[Episode], dict[str, float]]:

@@ -33,6 +33,7 @@ def quiet_transformers() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it counts its retries
 
 
+ADAPTERS = "adapter_config.json"  # peft's name of it, in a folder of lora.py
 TEXT_PART = {  # names of weights in a model that sees pictures, too, and in one that does not
     r"^language_model\.lm_head\.": "lm_head.",
     r"^language_model\.model\.": "model.",
@@ -43,6 +44,11 @@ TEXT_PART = {  # names of weights in a model that sees pictures, too, and in one
 def load_checkpoint(name: str, precision: str = "float32"):
     """`load_model` and the tokenizer of a checkpoint folder or a hub name."""
     model = load_model(name, precision)
+    return model, load_tokenizer(name, model)
+
+
+def load_tokenizer(name: str, model):
+    """The tokenizer of a checkpoint folder or a hub name, which has to be the model's."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # whatever a damaged file raises
@@ -55,7 +61,7 @@ def load_checkpoint(name: str, precision: str = "float32"):
             f"{name} has a tokenizer of {known} tokens for {rows} embeddings: copy the tokenizer's "
             "files (tokenizer.json, tokenizer_config.json ..) of the model into it"
         )
-    return model, tokenizer
+    return tokenizer
 
 
 def load_model(name: str, precision: str = "float32"):
@@ -106,6 +112,11 @@ def check_name(name: str) -> None:
         if not ranks.rank():
             print(f"{name} is no folder here: asking the Hugging Face hub", file=sys.stderr)
     elif not (folder / "config.json").exists() or (folder / "metrics.jsonl").exists():
+        if (folder / ADAPTERS).exists():
+            raise InputError(
+                f"{name} holds LoRA adapters, not a whole model: go on with them by --lora and "
+                f"--init, or write a whole one by python lora.py --merge {name} --out FOLDER"
+            )
         inside = sorted(str(path.parent) for path in folder.glob("*/config.json"))
         what = "the folder has no config.json" if folder.is_dir() else "it is a file"
         hint = f"name one of its own, such as {', '.join(inside[-3:])}" if inside else what
@@ -222,11 +233,17 @@ def head(model, hidden: torch.Tensor) -> torch.Tensor:
 # --- 3. What learns ------------------------------------------------------------------------------
 
 
+def trained(policy) -> dict[str, torch.nn.Parameter]:
+    """The weights that learn, by name: all, or those of adapters (lora.py)."""
+    return {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
+
+
 def adam(policy, lr: float) -> torch.optim.Adam:
     """Adam whose state is there from the start, so that a saved one can be read into it."""
     on_gpu = next(policy.parameters()).is_cuda
-    optimizer = torch.optim.Adam(policy.parameters(), lr=lr, fused=on_gpu)
-    for weight in policy.parameters():
+    weights = trained(policy).values()
+    optimizer = torch.optim.Adam(weights, lr=lr, fused=on_gpu)
+    for weight in weights:
         means = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
         step = torch.zeros((), device=weight.device if on_gpu else "cpu")
         optimizer.state[weight] = {"step": step, **means}
@@ -235,5 +252,5 @@ def adam(policy, lr: float) -> torch.optim.Adam:
 
 def state_of(policy, optimizer) -> dict[str, dict]:
     """Weights and Adam's state by name: the tensors themselves, to be saved or read into."""
-    weights = dict(policy.named_parameters())
+    weights = trained(policy)
     return {"weights": weights, "adam": {name: optimizer.state[w] for name, w in weights.items()}}

@@ -209,12 +209,25 @@ def copy_weights(model, source) -> None:
     if isinstance(model, fsdp.FSDPModule):
         model.reshard()  # what is still gathered would be kept, or come back
     for weight, new in zip(model.parameters(), source.parameters(), strict=True):
+        if weight is new:  # both have it from the same base (lora.py)
+            continue
         if isinstance(weight, DTensor):  # every rank has read the whole, and keeps its share
             place = weight.device_mesh, weight.placements
             share_of_it = distribute_tensor(new.to(weight.device), *place, src_data_rank=None)
             weight.copy_(share_of_it)
         else:
             weight.copy_(new)
+
+
+def average_gradients(model) -> None:
+    """Give all ranks the mean of their gradients, where FSDP has not: those of adapters."""
+    if world() == 1 or isinstance(model, fsdp.FSDPModule):
+        return
+    grads = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    for grad, total in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(total.view_as(grad) / world())
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

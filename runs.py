@@ -264,7 +264,7 @@ def settings_to_follow(folder: Path, typed: dict, stages: dict[str, Stage]) -> d
             "interrupted, or begin a new one with another --out, maybe from a checkpoint by --init"
         )
     check_version(settings, folder)
-    for name in ("model", "task"):
+    for name in ("model", "task", "lora"):
         if with_absolute_paths(typed).get(name, settings[name]) != settings[name]:
             raise InputError(f"--{name} must stay that of the run in {folder}: leave it out")
     settings["out"] = str(folder)  # it may have been moved

@@ -322,6 +322,7 @@ def update(learner: Learner, episodes: list[Episode], stage: Stage, beta2: float
         if weight:
             kls += torch.stack([attempt.kl.sum(dim=1) for attempt in y], dim=1).tolist()  # B rows
     policy.eval()
+    ranks.average_gradients(policy)
     norm = ranks.full_tensor(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip))
     if not norm.isfinite():
         ranks.abort("the gradient is no longer finite: begin anew with a lower --lr")

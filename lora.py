@@ -1,0 +1,177 @@
+"""LoRA: a frozen base model, and few trained numbers beside it (Hu et al. 2021), by peft.
+
+    W x   becomes   W x + 32/R · B (A x)      W frozen, A (R, in) random, B (out, R) 0 at first
+
+    python score.py --lora 16                                adapters of rank 16: R above
+    python lora.py --merge runs/sums/stage2 --out merged     a checkpoint without adapters, for all
+                                                             programs that know none
+
+Policy and reference are two models over the same frozen weights, so there is one copy of them; the
+policy has the adapters. They are float32, whatever the base is: Adam needs no masters. At step 0
+all B are 0 and the KL is exactly 0. On many GPUs each has all weights, and ranks.py averages the
+gradients of the adapters. stage1/ and stage2/ hold adapters alone, in peft's format.
+
+NOT IN PAPER, which trains all weights. All linear layers but the head, 32 for every rank and ten
+times the learning rate are those of "LoRA Without Regret" (Schulman et al. 2025). Next to read:
+ranks.py.
+"""
+
+import argparse
+import copy
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+import models
+import ranks
+from config import reject
+from data import InputError, first_line
+from runs import disk_errors_explained, locked
+
+SCALE = 32
+PREFIX = "base_model.model."  # of a weight's name in peft's files
+
+
+def import_peft():
+    """The peft library; InputError if it is not installed."""
+    try:
+        import peft
+    except ImportError as error:
+        raise InputError("LoRA needs peft: pip install -r requirements-lora.txt") from error
+    return peft
+
+
+# --- 1. Models with adapters -----------------------------------------------------------------
+
+
+def has_adapters(checkpoint: str) -> bool:
+    """Does a checkpoint folder hold adapters, not a whole model?"""
+    return (Path(checkpoint) / models.ADAPTERS).exists()
+
+
+def with_adapters(base, rank: int, seed: int, checkpoint: str = ""):
+    """A model over the weights of `base`, with the adapters of a checkpoint, or else new ones.
+
+    Only the adapters may be trained. The new ones of a seed are the same on every machine.
+    """
+    peft = import_peft()
+    model = copy.deepcopy(base, memo={id(weight): weight for weight in base.parameters()})
+    if has_adapters(checkpoint):
+        settings = peft.PeftConfig.from_pretrained(checkpoint)
+    else:
+        settings = peft.LoraConfig(
+            r=rank, lora_alpha=SCALE, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(seed)
+        warnings.simplefilter("ignore")  # peft and transformers about each other
+        model.add_adapter(settings)
+    for name, weight in model.named_parameters():
+        if ".lora_" in name:
+            weight.data = weight.data.float()
+    name = model.name_or_path
+    settings.base_model_name_or_path = os.path.abspath(name) if os.path.exists(name) else name
+    if has_adapters(checkpoint):
+        read_weights(model, checkpoint)
+    return model.eval()
+
+
+def read_weights(model, checkpoint: str) -> None:
+    """Read a checkpoint's adapters into a model that has such; InputError if they do not fit."""
+    peft = import_peft()
+    try:
+        saved = peft.load_peft_weights(checkpoint, device="cpu")
+        saved = {name.removeprefix(PREFIX): weight for name, weight in saved.items()}
+        found = peft.set_peft_model_state_dict(model, saved)
+    except Exception as error:  # whatever a damaged file raises
+        raise InputError(f"{checkpoint} cannot be loaded: {first_line(error)}") from error
+    missing = [name for name in found.missing_keys if ".lora_" in name]
+    if missing or found.unexpected_keys:
+        raise InputError(f"{checkpoint} has adapters for another model than {model.name_or_path}")
+
+
+def base_of(checkpoint: str) -> str:
+    """The base model of adapters: of their run, or that they name; a whole model is its own."""
+    if not has_adapters(checkpoint):
+        return checkpoint
+    of_run = Path(checkpoint).absolute().parent / "base"
+    if of_run.exists():
+        return str(of_run)
+    try:
+        settings = json.loads((Path(checkpoint) / models.ADAPTERS).read_text("utf-8"))
+        return settings["base_model_name_or_path"] or checkpoint
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{checkpoint}/{models.ADAPTERS} is damaged: restore it") from error
+
+
+def check_init(init: str, rank: int, base) -> None:
+    """Raise InputError if training cannot go on from `init`: the base, or adapters of this rank."""
+    precision = str(base.dtype).removeprefix("torch.")
+    of_init = models.load_model(base_of(init), precision)
+    if models.fingerprint(of_init) != models.fingerprint(base):
+        raise InputError(
+            f"--init {init} is neither the base model {base.name_or_path} nor adapters of it: name "
+            "its base with --model"
+        )
+    if has_adapters(init):
+        found = import_peft().PeftConfig.from_pretrained(init).r
+        if found != rank:
+            raise InputError(f"--lora {rank}: --init {init} has rank {found}: give --lora {found}")
+
+
+# --- 2. Finished checkpoints -------------------------------------------------------------------
+
+
+def load_checkpoint(name: str, precision: str = "float32"):
+    """Model and tokenizer of a checkpoint with adapters, or of a whole one (models.py)."""
+    base = models.load_model(base_of(name), precision)
+    model = with_adapters(base, 0, 0, name) if has_adapters(name) else base
+    return model, load_tokenizer(name, base)
+
+
+def load_tokenizer(checkpoint: str, model):
+    """The tokenizer of a checkpoint; that of its base if it has none of its own."""
+    own = (Path(checkpoint) / "tokenizer_config.json").exists()
+    return models.load_tokenizer(checkpoint if own else base_of(checkpoint), model)
+
+
+def merge(checkpoint: str, out: Path) -> None:
+    """Write W + 32/R B A as W: computed in float32, saved in the precision of the base."""
+    if not has_adapters(checkpoint):
+        raise InputError(f"--merge {checkpoint} has no {models.ADAPTERS}: it holds no adapters")
+    if any(out.glob("*")):
+        raise InputError(f"--out {out} holds something already: name a new folder")
+    base = models.load_model(base_of(checkpoint))
+    for layer in with_adapters(base, 0, 0, checkpoint).modules():
+        if isinstance(layer, import_peft().tuners.tuners_utils.BaseTunerLayer):
+            layer.merge()  # into the weight that the base has, too
+    precision = AutoConfig.from_pretrained(base_of(checkpoint)).get_text_config().dtype
+    tokenizer = load_tokenizer(checkpoint, base)
+    models.save_checkpoint(out, base.to(precision or torch.float32), tokenizer)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status: 0 done, 2 bad input."""
+    words, _, _ = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(description=words, allow_abbrev=False)
+    parser.add_argument("--merge", required=True, help="folder of a checkpoint with adapters")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the whole model")
+    parser.error = reject
+    try:
+        args = parser.parse_args(argv)
+        with locked(args.out), disk_errors_explained():
+            merge(args.merge, args.out)
+        print(f"wrote {args.out}")
+    except InputError as error:
+        print(f"lora.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    ranks.run_command(main)
