@@ -23,7 +23,8 @@ import runs
 import score
 from config import Config, plan_of
 from figures import draw
-from models import load_checkpoint, save_checkpoint
+from lora import load_checkpoint
+from models import save_checkpoint
 from runs import ALARM_STEPS, Progress, raise_alarms
 from score import STAGES
 from sft import builtin_model, builtin_tokenizer
