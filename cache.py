@@ -7,7 +7,8 @@
 It works for every causal LM of transformers that takes a Cache, through the model's own forward.
 Rows stand at their own positions in memory that is there from the start, a prompt is read once for
 its k samples, and attempt 2 continues where attempt 1 ended: the last token of attempt 1 was
-sampled but never fed, so it is read with p1. Next to read: tasks.py.
+sampled but never fed, so it is read with p1. Who stands where is known on the host: a step waits
+for the GPU once, to hear which rows are going on. Next to read: tasks.py.
 """
 
 import torch
@@ -32,66 +33,69 @@ class RowCache(Cache):
         self.kinds = sorted(set(getattr(config, "layer_types", None) or [usual]))
         self.numbers = torch.arange(max(rows, columns), device=model.device)
         self.mask = torch.tensor([-torch.inf, 0], dtype=model.dtype, device=model.device)
-        self.row_at = self.numbers[:rows].clone()  # which row stands where
-        self.held = torch.zeros_like(self.row_at)  # tokens of each
+        self.row_at = list(range(rows))  # which row stands where
+        self.held = [0] * rows  # tokens of each
         self.longest = 0  # of the live rows' tokens
         self.places = None  # rows (n, 1) and columns (n, S) of the new tokens
 
-    def read(self, contexts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The live rows (B,) in their order, and the logits (B, V) of what follows."""
-        held = self.held.tolist()
-        if any(held):
-            places = zip(self.row_at.tolist(), held, strict=True)
-            logits = self.extend([contexts[row][n:] for row, n in places])
-            return self.row_at.clone(), logits
+    def read(self, contexts: list[list[int]]) -> tuple[list[int], torch.Tensor]:
+        """The live rows, B, in their order, and the logits (B, V) of what follows."""
+        if any(self.held):
+            places = zip(self.row_at, self.held, strict=True)
+            return [*self.row_at], self.extend([contexts[row][n:] for row, n in places])
         place: dict[tuple, int] = {}  # the samples of a prompt are read as one
         owner = [place.setdefault(tuple(context), len(place)) for context in contexts]
         logits = self.extend(list(place))
         for layer in self.layers:
             for tensor in (layer.keys, layer.values):
                 tensor[:, :, : self.longest] = tensor[owner, :, : self.longest]
-        self.held = self.held[owner]
-        return self.row_at.clone(), logits[owner]
+        self.held = [self.held[i] for i in owner]
+        return [*self.row_at], logits[owner]
 
-    def extend(self, new: list) -> torch.Tensor:
+    def extend(self, new: list[list[int]]) -> torch.Tensor:
         """Read the `new` tokens of the first rows; returns the logits (n, V) of what follows."""
-        counts, width = [len(tokens) for tokens in new], max(map(len, new))
+        rows, width = range(len(new)), max(map(len, new))
         padded = [[*row, *row[-1:] * (width - len(row))] for row in new]
-        tokens, counts = (torch.tensor(x, device=self.held.device) for x in (padded, counts))
-        each, held = torch.arange(width, device=counts.device), self.held[: len(new)]
-        self.longest = int((held + counts).max())
+        tokens, counts, held = map(self.tensor, (padded, map(len, new), self.held[: len(new)]))
+        self.held[: len(new)] = [self.held[i] + len(new[i]) for i in rows]
+        self.longest, each = max(self.held[: len(new)]), self.numbers[:width]
         positions = held[:, None] + each.clamp(max=counts[:, None] - 1)  # (n, S)
         # pads are written where nobody looks, into one more column
         columns = positions.where(each < counts[:, None], self.columns)
         hidden = self.forward(tokens, positions, columns)
-        held += counts
-        return head(self.model, hidden[torch.arange(len(new), device=counts.device), counts - 1])
+        return head(self.model, hidden[self.numbers[: len(new)], counts - 1])
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
         """Token (n,) of each live row in their order; returns the next logits (n, V)."""
-        held = self.held[: len(token)]
+        held = self.tensor(self.held[: len(token)])
+        self.held[: len(token)] = [n + 1 for n in self.held[: len(token)]]
         self.longest += 1
-        hidden = self.forward(token[:, None], held[:, None], held[:, None])
-        held += 1
-        return head(self.model, hidden[:, 0])
+        return head(self.model, self.forward(token[:, None], held[:, None], held[:, None])[:, 0])
 
-    def keep(self, going: torch.Tensor) -> torch.Tensor:
-        """Let the live rows that are `going` (n,) go on; returns which (n,), in their new order.
+    def keep(self, going: torch.Tensor) -> list[int]:
+        """Let the live rows that are `going` (n,) go on; returns which, in their new order.
 
         A finished row changes places with a going one from the end, and stays there until the next
         attempt is asked for.
         """
-        held = self.held[: len(going)]
-        count, self.longest = torch.stack([going.sum(), (held * going).max()]).tolist()
-        order = torch.arange(len(going), device=going.device)
-        gaps = (~going[:count]).nonzero()[:, 0]
-        if len(gaps):
-            fillers = going[count:].nonzero()[:, 0] + count
-            there, here = torch.cat([gaps, fillers]), torch.cat([fillers, gaps])
-            caches = [tensor for layer in self.layers for tensor in (layer.keys, layer.values)]
-            for tensor in (order, self.row_at, self.held, *caches):
-                tensor[there] = tensor[here]
+        flags = going.tolist()  # waits for the GPU
+        count, order = sum(flags), list(range(len(flags)))
+        gaps = [i for i in order[:count] if not flags[i]]
+        fillers = [i for i in order[count:] if flags[i]]
+        for state in (order, self.row_at, self.held):
+            for one, two in zip(gaps, fillers, strict=True):
+                state[one], state[two] = state[two], state[one]
+        if gaps:
+            there, here = self.tensor(gaps + fillers), self.tensor(fillers + gaps)
+            for layer in self.layers:
+                for tensor in (layer.keys, layer.values):
+                    tensor[there] = tensor[here]
+        self.longest = max(self.held[:count], default=0)
         return order[:count]
+
+    def tensor(self, numbers) -> torch.Tensor:
+        """Numbers of the host, beside the model."""
+        return torch.tensor(list(numbers), device=self.numbers.device)
 
     def write(self, new: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`update` of a layer from keys and values in one tensor, (n, S, 2, G, D)."""

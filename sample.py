@@ -7,7 +7,6 @@ becomes does not depend on the rest of the batch. Next to read: cache.py.
 """
 
 import hashlib
-import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -146,20 +145,21 @@ def decode(cache, contexts, uniforms, sampling: Sampling, end_ids):
 
     contexts: the token ids of all that comes before; uniforms: (B, max_new_tokens).
     """
-    answers = [[] for _ in contexts]
-    ends = torch.tensor(end_ids, device=uniforms.device)
-    live, logits = cache.read(contexts)  # (n,), (n, V)
+    tokens = torch.full(uniforms.shape, -1, device=uniforms.device)  # -1 after the end
+    logps, ends = torch.zeros_like(uniforms), torch.tensor(end_ids, device=uniforms.device)
+    live, logits = cache.read(contexts)  # n rows, (n, V)
     for step in range(sampling.max_new_tokens):
-        token, logp = draw(logits, uniforms[live, step], sampling.temperature)  # (n,), (n,)
-        for row, *sampled in zip(live.tolist(), token.tolist(), logp.tolist(), strict=True):
-            answers[row].append(sampled)
-            if math.isnan(sampled[1]):
-                raise InputError("a logit is not a number: the weights are damaged, take others")
+        rows = torch.tensor(live, device=uniforms.device)  # (n,)
+        token, logp = draw(logits, uniforms[rows, step], sampling.temperature)  # (n,), (n,)
+        tokens[rows, step], logps[rows, step] = token, logp
         kept = cache.keep(~torch.isin(token, ends))
-        if not len(kept) or step + 1 == sampling.max_new_tokens:
+        if not kept or step + 1 == sampling.max_new_tokens:
             break
-        live, logits = live[kept], cache.step(token[kept])
-    return answers
+        live, logits = [live[i] for i in kept], cache.step(token[kept])
+    if not logps.isfinite().all():
+        raise InputError("a logit is not a number: the weights are damaged, take others")
+    pairs = zip(tokens.tolist(), logps.tolist(), strict=True)
+    return [[x for x in zip(*pair, strict=True) if x[0] >= 0] for pair in pairs]
 
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float):
@@ -229,13 +229,13 @@ def check_sampling(model, longest: int, training: bool = False) -> None:
         with torch.inference_mode():
             cache = RowCache(model, 2, 32)
             live, logits = cache.read([a[:9], b[:5]])
-            sampled |= {(row, (8, 4)[row]): logits[i] for i, row in enumerate(live.tolist())}
+            sampled |= {(row, (8, 4)[row]): logits[i] for i, row in enumerate(live)}
             logits = cache.step(tokens[[0, 1], [9, 5]][live])
-            sampled |= {(row, (9, 5)[row]): logits[i] for i, row in enumerate(live.tolist())}
-            cache.keep(live == 1)
+            sampled |= {(row, (9, 5)[row]): logits[i] for i, row in enumerate(live)}
+            cache.keep(torch.tensor([row == 1 for row in live]))
             sampled[1, 6] = cache.step(tokens[1, 6:7])[0]
             live, logits = cache.read([a[:16], b[:21]])
-            sampled |= {(row, (15, 20)[row]): logits[i] for i, row in enumerate(live.tolist())}
+            sampled |= {(row, (15, 20)[row]): logits[i] for i, row in enumerate(live)}
             model.train(training)
             scored = model(tokens, use_cache=False).logits.float().log_softmax(dim=-1)  # (2, 24, V)
             found = {place: found.log_softmax(dim=-1) for place, found in sampled.items()}
@@ -276,21 +276,34 @@ def pick(problems: list[Problem], count: int, number: int, seed: int) -> list[Pr
     return picked
 
 
-def transcript(episode: Episode, chat: Chat) -> list[tuple[int, int]]:
-    """(token, attempt id) of x1 y1 p1 y2: the number of its attempt, or 0 for one in no loss.
+def transcript(episode: Episode, chat: Chat) -> list[tuple[int, int, float]]:
+    """(token, attempt id, log-prob) of x1 y1 p1 y2; the id is 0 for a token that is in no loss.
 
     Those are prompts, instructions, a forced end token and a y1 that another policy sampled.
     """
-    parts = segments(chat, episode.x1, episode.attempts)[:-1]  # no prompt after the last
-    masked = (0, 1) if episode.offline else (0,)
-    return [(token, 0 if n in masked else n) for tokens, n in parts for token in tokens]
+    row = []
+    for tokens, n in segments(chat, episode.x1, episode.attempts)[:-1]:  # no prompt after the last
+        if n == 0 or (n == 1 and episode.offline):
+            row += [(token, 0, 0.0) for token in tokens]
+        else:
+            sampled = zip(tokens, episode.attempts[n - 1].logp, strict=True)
+            row += [(token, n, logp) for token, logp in sampled]
+    return row
 
 
-def collate(rows: list, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and attempt ids of transcripts, padded on the right; (B, S) each.
+def collate(rows: list, device) -> tuple[torch.Tensor, ...]:
+    """Tokens (B, S) of transcripts, and what is predicted: attempt ids, log-probs (B, T), places.
 
-    Under causal attention nothing looks to the right, so the pads need no attention mask.
+    The places (N,) are those of attempt tokens among all B * T. Rows are padded on the right:
+    under causal attention nothing looks there, so the pads need no attention mask.
     """
     width = max(map(len, rows))
-    pairs = torch.tensor([row + [(0, 0)] * (width - len(row)) for row in rows], device=device)
-    return pairs[..., 0], pairs[..., 1]
+    padded = [row + [(0, 0, 0.0)] * (width - len(row)) for row in rows]
+    columns = [list(zip(*row, strict=True)) for row in padded]
+    tokens, ids, logp = zip(*columns, strict=True)
+    predicted = [n for row in ids for n in row[1:]]
+    places = [place for place, n in enumerate(predicted) if n]
+    tokens, ids, logp, places = (
+        torch.tensor(x, device=device) for x in (tokens, ids, logp, places)
+    )
+    return tokens, ids[:, 1:], logp[:, 1:], places

@@ -16,13 +16,14 @@
 
 π is the policy, π_ref the frozen base model, y* the true answer. Plain RL learns a better attempt 1
 and then copies it. Stage I holds attempt 1 at the base model: reward can come only from what
-attempt 2 changes. Stage II trains both; the bonus pays for wrong -> right and fines right -> wrong.
+attempt 2 changes. Stage II trains both; the bonus makes attempt 2 weigh 1 + α times as much.
 Credit is per attempt (γ = 0, appendix A.4): x2 is a given to y2, and y1 is never paid for r2 or the
-bonus: with α = 10, it would be paid r1 - α r1 = -9 for being right.
+bonus: in r1 + r2 + α (r2 - r1), a right y1 would cost 9.
 
     python score.py                 base model, Stage I and Stage II on column addition, on a CPU
     python score.py --stage 1       Stage I, then --stage 2; other stages: see section 5
-    python score.py --task math     Gemma 2 2B on MATH, or --task code: MBPP; one GPU of 80 GB
+    python score.py --task math     Gemma 2 2B on MATH, or --task code: MBPP; one GPU of 80 GB, and
+                                    with --lora 16 --rows 32 (lora.py) one of 24 GB
     torchrun --nproc_per_node=8 score.py ...     the same on many (ranks.py)
 
 Left out: a value model (siblings are the baseline), PPO's ratio and clipping (one update a batch,
@@ -275,22 +276,24 @@ def token_log_probs(learner: Learner, hidden, ref_hidden, chosen: torch.Tensor):
     return logp, kl_divergence(log_probs, ref_log_probs)
 
 
-def log_probs_and_kl(learner: Learner, tokens: torch.Tensor, attempt_ids: torch.Tensor):
+def log_probs_and_kl(learner: Learner, tokens: torch.Tensor, places: torch.Tensor):
     """logp and kl of the tokens of attempts, 0 elsewhere, in one forward; (B, S) -> (B, T) each.
 
-    Logits are made for attempt tokens only, in chunks, and anew in backward: they are large.
+    places: (N,) of those tokens among the B * T. Logits are made for them only, in chunks, and anew
+    in backward: they are large.
     """
-    loss_mask, chosen = attempt_ids[:, 1:] > 0, tokens[:, 1:]  # (B, T)
-    hidden = models.last_hidden(learner.policy, tokens)[:, :-1][loss_mask]  # (N, d)
+    chosen = tokens[:, 1:]  # (B, T)
+    hidden = models.last_hidden(learner.policy, tokens)[:, :-1].flatten(0, 1)[places]  # (N, d)
     with torch.no_grad():
-        ref_hidden = models.last_hidden(learner.ref, tokens)[:, :-1][loss_mask]
+        ref_hidden = models.last_hidden(learner.ref, tokens)[:, :-1].flatten(0, 1)[places]
     size = max(1, LOGITS_AT_ONCE // learner.policy.config.vocab_size)
-    chunks = (part.split(size) for part in (hidden, ref_hidden, chosen[loss_mask]))
+    chunks = (part.split(size) for part in (hidden, ref_hidden, chosen.flatten()[places]))
     of_chunk = partial(recompute_in_backward, token_log_probs, learner, use_reentrant=False)
     results = list(map(of_chunk, *chunks))
-    logp, kl = (torch.cat(parts) for parts in zip(*results, strict=True))  # (N,)
-    empty = torch.zeros(loss_mask.shape, device=tokens.device)
-    return empty.masked_scatter(loss_mask, logp), empty.masked_scatter(loss_mask, kl)
+    each = (torch.cat(parts) for parts in zip(*results, strict=True))  # (N,)
+    empty = torch.zeros(chosen.numel(), device=tokens.device)
+    logp, kl = (empty.index_copy(0, places, x).view_as(chosen) for x in each)
+    return logp, kl
 
 
 def update(learner: Learner, episodes: list[Episode], stage: Stage, beta2: float) -> dict:
@@ -306,17 +309,15 @@ def update(learner: Learner, episodes: list[Episode], stage: Stage, beta2: float
     policy.train(bool(cfg.recompute))  # activations are recomputed in this mode only; no dropout
     # weight: the number of ranks, since FSDP takes the mean of their gradients
     for batch, weight in ranks.local_micro_batches(list(map(len, rows)), cfg.micro_tokens):
-        tokens, attempt_ids = collate([rows[i] for i in batch], device)
-        logp, kl = log_probs_and_kl(learner, tokens, attempt_ids)
+        tokens, attempt_ids, sampled, places = collate([rows[i] for i in batch], device)
+        logp, kl = log_probs_and_kl(learner, tokens, places)
         y = []
         for i in range(r.shape[1]):
-            mask = attempt_ids[:, 1:] == i + 1  # (B, T)
+            mask = attempt_ids == i + 1  # (B, T)
             expected = baseline[i][batch] if siblings else None
             y.append(AttemptBatch(r[batch, i], expected, logp * mask, kl * mask))
-            if weight and stage.sampler == "policy":
-                rows_of = [episodes[row] for row in batch if i or not episodes[row].offline]
-                sampled = torch.tensor([x for e in rows_of for x in e.attempts[i].logp])
-                gaps += [(logp[mask].cpu() - sampled).abs().max().item()] if rows_of else []
+        if weight and stage.sampler == "policy":
+            gaps.append(((logp.detach() - sampled) * (attempt_ids > 0)).abs().max().item())
         loss = -weight * stage.objective(y, cfg).sum() / len(episodes)
         loss.backward()
         if weight:

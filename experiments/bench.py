@@ -309,17 +309,17 @@ def log_probs(everywhere: bool, rows: int) -> tuple[float, float]:
     ref = fuse(make_model(1, 256, 4, 256_000))
     policy = copy.deepcopy(ref)
     tokens = torch.randint(3, 64, (rows, 64))
-    numbers = torch.where(torch.arange(64) < 32, 0, 1).expand(rows, 64)
+    own = (torch.arange(1, 64) >= 32).expand(rows, 63)  # half of the tokens
+    places = own.flatten().nonzero()[:, 0]
     learner = Learner(policy, ref.requires_grad_(False), None, None, CHAT, [], Config())
 
     def full():
         logs = [model(tokens).logits.log_softmax(dim=-1)[:, :-1] for model in (policy, ref)]
         logp = logs[0].gather(2, tokens[:, 1:, None])[..., 0]
-        own = numbers[:, 1:] > 0
         ((logp + score.kl_divergence(*logs)) * own).sum().backward()
 
     def ours():
-        logp, kl = score.log_probs_and_kl(learner, tokens, numbers)
+        logp, kl = score.log_probs_and_kl(learner, tokens, places)
         (logp + kl).sum().backward()
 
     before = peak()

@@ -1,26 +1,49 @@
-"""What full fine-tuning takes on GPUs of 80 GB: the README's tables, and a real step.
+"""What fits on a GPU: memory of a training step, counted without one, and a real step.
 
-python experiments/memory.py              the tables: computed, not measured
-python experiments/memory.py --measure    a step of Gemma 2 2B with random weights on this GPU:
-                                          batch 64, attempts of 512 tokens; seconds and peak
-python experiments/memory.py --measure --layers 2 --width 64 --batch 4 --tokens 16    a trial
+python experiments/memory.py --all                  count all of BENCHMARKS.md's table: an hour
+python experiments/memory.py                        the table, from assets/memory.json
+python experiments/memory.py --model gemma-2-2b --lora 16 --rows 32 --micro-tokens 4096
+python experiments/memory.py --measure --lora 16    seconds and peak of a real step on this GPU
+
+Counting runs the project's own rollout and update on fake tensors, which have a shape and a size
+but no numbers, and adds up the bytes of those that live at the same time. It is the worst case: all
+prompts are as long as MATH's longest, and all attempts reach --max-new-tokens. Not counted: what
+CUDA itself takes (about 1 GB) and gaps between tensors.
 """
 
 import argparse
+import contextlib
 import copy
+import gc
+import json
 import sys
 import time
+import warnings
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM
+import torch.distributed as dist
+import transformers
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import lora  # noqa: E402
 import models  # noqa: E402
+import ranks  # noqa: E402
+import sample  # noqa: E402
 import score  # noqa: E402
+from cache import RowCache  # noqa: E402
 from config import Config, configure  # noqa: E402
 from data import Problem  # noqa: E402
 from experiments.bench import RandomChat  # noqa: E402
@@ -28,140 +51,332 @@ from fused import fuse  # noqa: E402
 from learner import Learner  # noqa: E402
 from sample import Episode  # noqa: E402
 
-PROMPT, AGAIN, LONGEST = 180, 90, 800  # tokens of a usual x1, of p1, and of the longest x1
+LONGEST, AGAIN = 800, 90  # tokens of MATH's longest x1, and of p1
 GB = 1e9
-USABLE = 76 * GB  # of 80: the rest goes to CUDA, NCCL and fragments
-SIZES = {  # the configs of google/gemma-2-2b, -9b and -27b, where they differ from Gemma2Config
-    "2b": {},
-    "9b": {
-        "hidden_size": 3584,
-        "num_hidden_layers": 42,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "intermediate_size": 14336,
-    },
-    "27b": {
-        "hidden_size": 4608,
-        "num_hidden_layers": 46,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 16,
-        "head_dim": 128,
-        "intermediate_size": 36864,
-    },
+GPUS = {16: 14.5, 24: 22, 40: 37, 80: 75}  # GB of a card, and of these to be used
+SETTINGS = [(64, 8192), (32, 4096), (8, 2048)]  # --rows, --micro-tokens; the defaults first
+COUNTED = ROOT / "assets" / "memory.json"
+TRIED = "_propagate_tensor_meta_non_cached"  # where DTensor finds out the shape of a result
+CONFIGS = {  # published sizes, where they differ from the defaults of the class
+    "gemma-2-2b": ("Gemma2", {}),
+    "gemma-2-9b": (
+        "Gemma2",
+        {
+            "hidden_size": 3584,
+            "num_hidden_layers": 42,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "intermediate_size": 14336,
+        },
+    ),
+    "gemma-3-1b": (
+        "Gemma3Text",
+        {
+            "vocab_size": 262144,
+            "hidden_size": 1152,
+            "intermediate_size": 6912,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "sliding_window": 512,
+        },
+    ),
+    "qwen2.5-1.5b": (
+        "Qwen2",
+        {
+            "vocab_size": 151936,
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "llama-3.2-1b": (
+        "Llama",
+        {
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 
+JOBS = [(name, 16, 1) for name in CONFIGS]  # model, --lora, GPUs
+JOBS += [(name, 0, 1) for name in CONFIGS if name != "gemma-2-9b"]
+JOBS += [("gemma-2-2b", 0, 8), ("gemma-2-9b", 0, 8)]
 
-def gemma_config(**sizes: int) -> Gemma2Config:
-    """google/gemma-2-2b, whose sizes are the defaults of Gemma2Config, or another one."""
-    return Gemma2Config(**sizes, attn_implementation="eager")
-
-
-def weights_of(config: Gemma2Config) -> int:
-    with torch.device("meta"):
-        return Gemma2ForCausalLM(config).num_parameters()
+# --- 1. Models without numbers -------------------------------------------------------------------
 
 
-def columns_of(cfg: Config) -> int:
-    return PROMPT + AGAIN + 2 * cfg.max_new_tokens
+def make_config(name: str, **sizes: int):
+    """The config of one of CONFIGS, with other sizes where they are given."""
+    family, published = CONFIGS[name]
+    config = getattr(transformers, f"{family}Config")(**{**published, **sizes})
+    config._attn_implementation = "eager" if family == "Gemma2" else "sdpa"
+    return config
 
 
-def kv_per_token(config: Gemma2Config) -> int:
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+def make_learner(config, cfg: Config, world: int = 1) -> Learner:
+    """A Learner as learner.build makes it, on this machine or (within FakeTensorMode) nowhere.
 
-
-def parts_of(config: Gemma2Config, cfg: Config, gpus: int) -> dict[str, tuple[float, float]]:
-    """Bytes by part on one of the GPUs, sampling and training; the KV cache comes on top."""
-    weights, embedding = weights_of(config), config.vocab_size * config.hidden_size
-    share, tokens = weights / gpus, cfg.micro_tokens
-    longest = tokens * columns_of(cfg) * config.num_attention_heads  # attention scores
-    layer = (weights - embedding) / config.num_hidden_layers
-    return {
-        "masters, float32": (4 * share, 4 * share),
-        "Adam, two float32 each": (8 * share, 8 * share),
-        "reference, bfloat16": (2 * share, 2 * share),
-        "full copy, bfloat16": (2 * weights, 2 * weights),
-        "embeddings of policy and reference, gathered": (2 * embedding, 4 * embedding),
-        "two layers of each, gathered": (0, 8 * layer),
-        "gradients, float32": (0, 4 * share),
-        "the embedding's gradient, twice in bfloat16 and once in float32": (0, 8 * embedding),
-        f"layer inputs, {tokens} tokens": (
-            0,
-            2 * config.num_hidden_layers * tokens * config.hidden_size,
-        ),
-        "one layer, computed again": (0, 14 * longest + 10 * tokens * config.intermediate_size),
-        "logits of a chunk, eight float32 each": (0, 8 * 4 * score.LOGITS_AT_ONCE),
-    }
-
-
-def totals(parts: dict[str, tuple[float, float]]) -> list[float]:
-    return [sum(column) for column in zip(*parts.values(), strict=True)]
-
-
-def table(cfg: Config) -> str:
-    """Gigabytes by part, while sampling and while training, of Gemma 2 2B on one GPU."""
-    config = gemma_config()
-    parts = parts_of(config, cfg, gpus=1)
-    cache = f"KV cache, {cfg.rows} rows of {columns_of(cfg)} tokens"
-    parts[cache] = (cfg.rows * columns_of(cfg) * kv_per_token(config), 0)
-    lines = ["| GB, computed | sampling | training |", "| --- | --- | --- |"]
-    for name, row in parts.items():
-        lines.append(f"| {name} | " + " | ".join(f"{x / GB:.1f}" if x else "" for x in row) + " |")
-    sampling, training = (total / GB for total in totals(parts))
-    lines.append(f"| **in all** | **{sampling:.1f}** | **{training:.1f}** |")
-    weights = weights_of(config)
-    disk = f"On disk a checkpoint takes {2 * weights / GB:.1f} GB and state/ "
-    disk += f"{12 * weights / GB:.1f} GB; while it is written, twice that and as much RAM."
-    return "\n".join([*lines, "", disk])
-
-
-def what_fits(cfg: Config) -> str:
-    """Each size on 1, 4 and 8 GPUs: the most GB without the KV cache, and the rows that it leaves.
-
-    No more rows than a step has episodes on a GPU. A row takes the columns of the longest prompt
-    of those beside it, and three float32 for each word of the vocabulary.
+    The weights are random. world: among so many processes, which are fake if they are more than 1.
     """
-    counts = (1, 4, 8)
-    lines = ["| computed | " + " | ".join(f"{n} x 80 GB" for n in counts) + " |"]
-    lines.append("| --- " * (len(counts) + 1) + "|")
-    for name, sizes in SIZES.items():
-        config, cells = gemma_config(**sizes), []
-        for gpus in counts:
-            sampling, training = totals(parts_of(config, cfg, gpus))
-            columns = columns_of(cfg) - PROMPT + LONGEST
-            row = columns * kv_per_token(config) + 12 * config.vocab_size
-            rows = min(int((USABLE - sampling) / row), cfg.batch // gpus)
-            fits = training <= USABLE and rows >= 1
-            most = max(sampling, training) / GB
-            cells.append(f"{most:.0f} GB, --rows {rows}" if fits else f"no: {most:.0f} GB")
-        billions = weights_of(config) / 1e9
-        lines.append(f"| gemma-2-{name}, {billions:.2f} billion | " + " | ".join(cells) + " |")
+    here = ranks.device()
+    with unset_fake_temporarily(), torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        ref = fuse(model).to(getattr(torch, cfg.precision)).eval().requires_grad_(False)
+        whole = not cfg.lora and (cfg.precision == "bfloat16" or world > 1)
+        full_copy = copy.deepcopy(ref) if whole else None
+        policy = lora.with_adapters(ref, cfg.lora, 0) if cfg.lora else copy.deepcopy(ref)
+        if not cfg.lora:
+            policy.requires_grad_(True).float()
+    materialize([policy, ref, full_copy], here)
+    if cfg.recompute:
+        models.recompute_activations(policy)
+    if whole:
+        ranks.shard(policy, cfg.precision, models.run_body)
+        ranks.shard(ref, cfg.precision, models.run_body)
+    chat = RandomChat((LONGEST, LONGEST + 1), p1=list(range(10, 10 + AGAIN)), end_ids=(10**9,))
+    adam = models.adam(policy, cfg.lr)
+    adam.param_groups[0]["fused"] = True  # as on a GPU
+    return Learner(policy, ref, full_copy, adam, chat, [], cfg, base=ref)
+
+
+def materialize(made: list, device) -> None:
+    """Give models on the meta device weights on another, the same ones where they share them."""
+    fresh: dict[int, torch.Tensor] = {}
+    for module in (module for model in made if model for module in model.modules()):
+        for table in (module._parameters, module._buffers):
+            for name, old in table.items():
+                if old is not None and id(old) not in fresh:
+                    new = torch.empty(old.shape, dtype=old.dtype, device=device)
+                    new = new.normal_(0, 0.02) if old.is_floating_point() else new.zero_()
+                    is_weight = isinstance(old, torch.nn.Parameter)
+                    fresh[id(old)] = (
+                        torch.nn.Parameter(new, old.requires_grad) if is_weight else new
+                    )
+                if old is not None:
+                    table[name] = fresh[id(old)]
+
+
+# --- 2. The counter ------------------------------------------------------------------------------
+
+
+class Counter(TorchDispatchMode):
+    """Adds up the bytes of the storages that are alive; `peak` is the most since it was set."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.live = self.peak = 0
+        self.paused = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it calls operations on its share, which come here
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and not self.paused:
+                self.add(leaf)
+        return out
+
+    def add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if id(storage) not in self.sizes:
+            self.sizes[id(storage)] = 0
+            weakref.finalize(storage, self.free, id(storage))
+        self.set_size(storage)
+
+    def set_size(self, storage) -> None:
+        if id(storage) in self.sizes:
+            self.live += storage.nbytes() - self.sizes[id(storage)]
+            self.sizes[id(storage)] = storage.nbytes()
+            self.peak = max(self.peak, self.live)
+
+    def free(self, key: int) -> None:
+        self.live -= self.sizes.pop(key)
+
+    @contextlib.contextmanager
+    def watching(self, learner: Learner):
+        """Count from the weights and Adam's state of a learner on, FSDP's resizing included."""
+        made = filter(None, (learner.policy, learner.ref, learner.full_copy))
+        tensors = [x for model in made for x in (*model.parameters(), *model.buffers())]
+        tensors += [x for state in learner.optimizer.state.values() for x in state.values()]
+        for tensor in tensors:
+            self.add(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
+        resize, tried = torch.UntypedStorage.resize_, getattr(ShardingPropagator, TRIED)
+
+        def resized(storage, size):
+            resize(storage, size)
+            self.set_size(storage)
+
+        def unseen(*args):  # DTensor tries its operations on fake tensors of its own
+            self.paused = True
+            try:
+                return tried(*args)
+            finally:
+                self.paused = False
+
+        with (
+            mock.patch.object(torch.UntypedStorage, "resize_", resized),
+            mock.patch.object(ShardingPropagator, TRIED, unseen),
+            self,
+        ):
+            yield
+
+
+@contextlib.contextmanager
+def fake_tensors(world: int):
+    """Within this, tensors have no numbers: 1 is read from all of them. Ranks are fake, too."""
+    mesh = None
+    if world > 1 or not dist.is_initialized():
+        dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+        mesh = init_device_mesh("cpu", (world,))
+
+    def ones(tensor):
+        return [ones(row) for row in tensor] if tensor.dim() else 1
+
+    answers = {"__bool__": lambda self: True, "item": lambda self: 1, "tolist": ones}
+    answers["__deepcopy__"] = lambda self, memo: self.clone()
+    with contextlib.ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.enter_context(mock.patch.object(FakeTensor, name, answer, create=True))
+        stack.enter_context(mock.patch.object(ranks, "all_gather", lambda items: items * world))
+        stack.enter_context(mock.patch.object(ranks, "init_device_mesh", return_value=mesh))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def few_steps(every: int):
+    """Let decoding compute some of its steps: the later one is, the more memory it takes."""
+    step, draw, kept = RowCache.step, sample.draw, {}
+
+    def sometimes(cache, token):
+        if (cache.longest + 1) % every:
+            cache.held[: len(token)] = [n + 1 for n in cache.held[: len(token)]]
+            cache.longest += 1
+        else:
+            kept["drawn"], kept["logits"] = None, step(cache, token)
+        return kept["logits"]
+
+    def drawn(logits, *args):
+        if kept.get("drawn") is None or logits is not kept["logits"]:
+            kept["drawn"], kept["logits"] = draw(logits, *args), logits
+        return kept["drawn"]
+
+    with (
+        mock.patch.object(RowCache, "step", sometimes),
+        mock.patch.object(sample, "draw", drawn),
+    ):
+        yield
+
+
+def count(config, cfg: Config, world: int = 1, every: int = 256) -> tuple[float, float]:
+    """Bytes at the peak of sampling and of an update, on one of `world` GPUs."""
+    counter = Counter()
+    with fake_tensors(world):
+        learner = make_learner(config, cfg, world)
+        with few_steps(every), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of fake tensors, which have no address
+            return peaks(counter, learner, world)
+
+
+def peaks(counter: Counter, learner: Learner, world: int = 1) -> tuple[float, float]:
+    """The peak of sampling cfg.rows on each rank, and of an update on two micro-batches."""
+    cfg, stage, found = learner.cfg, score.STAGES["2"], []
+    problems = [Problem("", "", "math", str(n // cfg.k)) for n in range(cfg.rows * world)]
+    with counter.watching(learner):
+        episodes = score.sample(learner, problems, stage, "0")
+        found.append(counter.peak)
+        length = LONGEST + AGAIN + 2 * cfg.max_new_tokens
+        some = 2 * max(1, cfg.micro_tokens // length) * world
+        some = min(len(episodes), -(-some // cfg.k) * cfg.k)
+        gc.collect()
+        counter.peak = counter.live
+        score.update(learner, episodes[:some], stage, cfg.beta2)
+        found.append(counter.peak)
+    return tuple(found)
+
+
+# --- 3. Tables -----------------------------------------------------------------------------------
+
+
+def count_all() -> None:
+    """Add to memory.json what is not in it yet; that takes an hour."""
+    counted = json.loads(COUNTED.read_text()) if COUNTED.exists() else {}
+    for name, rank, world in JOBS:
+        key = f"{name}, {f'--lora {rank}' if rank else 'full'}, {world} GPU{'s' * (world > 1)}"
+        found = counted.setdefault(key, {"sampling": {}, "training": {}})
+        for rows, micro_tokens in SETTINGS:
+            if str(rows) not in found["sampling"]:
+                given = {"lora": rank, "rows": rows, "micro_tokens": micro_tokens}
+                sizes = count(make_config(name), configure({"task": "math", **given}), world)
+                found["sampling"][str(rows)], found["training"][str(micro_tokens)] = sizes
+                COUNTED.write_text(json.dumps(counted, indent=1) + "\n")
+                print(key, rows, micro_tokens, *(f"{size / GB:.1f}" for size in sizes), flush=True)
+
+
+def table() -> str:
+    """What each model takes with the defaults of --task math, and the flags for smaller GPUs."""
+    lines = ["| | sampling | training | " + " | ".join(f"{size} GB" for size in GPUS) + " |"]
+    lines.append("| --- " * (3 + len(GPUS)) + "|")
+    for name, found in json.loads(COUNTED.read_text()).items():
+        usual = [next(iter(found[part].values())) / GB for part in ("sampling", "training")]
+        cells = [f"{size:.1f}" for size in usual]
+        for usable in GPUS.values():
+            flags = [largest(found[part], usable * GB) for part in ("sampling", "training")]
+            cells.append(as_flags(*flags))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def largest(sizes: dict[str, float], usable: float) -> int:
+    """The largest setting that takes no more than is usable; 0 if there is none."""
+    return max((int(setting) for setting, size in sizes.items() if size <= usable), default=0)
+
+
+def as_flags(rows: int, micro_tokens: int) -> str:
+    """The flags to give for a GPU, where they are not the defaults."""
+    if not rows or not micro_tokens:
+        return "no"
+    flags = [f"--rows {rows}"] * (rows < SETTINGS[0][0])
+    flags += [f"--micro-tokens {micro_tokens}"] * (micro_tokens < SETTINGS[0][1])
+    return f"`{' '.join(flags)}`" if flags else "yes"
+
+
+# --- 4. A real step ------------------------------------------------------------------------------
 
 
 def measure(args: argparse.Namespace) -> str:
     """One step from sampling to Adam, after one that warms up; random rewards."""
     torch.manual_seed(0)
-    config = gemma_config(num_hidden_layers=args.layers, hidden_size=args.width)
-    ref = fuse(Gemma2ForCausalLM(config)).to(torch.bfloat16).eval()
-    policy = copy.deepcopy(ref)
-    models.recompute_activations(policy)
-    full_copy = models.distribute(policy, ref.requires_grad_(False), "bfloat16")
-    typed = {"task": "math", "batch": args.batch, "k": 4, "max_new_tokens": args.tokens}
-    cfg = configure({**typed, "rows": args.rows})
-    chat = RandomChat((PROMPT, PROMPT + 1), p1=list(range(10, 10 + AGAIN)))
-    adam = models.adam(policy, cfg.lr)
-    learner = Learner(policy, ref, full_copy, adam, chat, [], cfg)
-    problems = [Problem("", "", "math", "p" * n) for n in range(args.batch // 4) for _ in range(4)]
+    sizes = {"num_hidden_layers": args.layers, "hidden_size": args.width}
+    name = args.model or "gemma-2-2b"
+    config = make_config(name, **{name: x for name, x in sizes.items() if x})
+    learner = make_learner(config, settings(args))
+    if learner.cfg.compile:
+        for model in filter(None, (learner.policy, learner.ref, learner.full_copy)):
+            models.compile_body(model)
+    stage, k = score.STAGES["2"], learner.cfg.k
+    problems = [Problem("", "", "math", str(n // k)) for n in range(learner.cfg.batch)]
     for number in range(2):
-        episodes, sampling = timed(
-            lambda n=number: score.sample(learner, problems, score.STAGES["2"], str(n))
-        )
+        episodes, sampling = timed(lambda n=number: score.sample(learner, problems, stage, str(n)))
         tossed = with_coins(episodes)
-        _, training = timed(lambda made=tossed: score.update(learner, made, score.STAGES["2"], 0.1))
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        _, training = timed(lambda made=tossed: score.update(learner, made, stage, 0.1))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    cfg, weights = learner.cfg, learner.policy.num_parameters()
     return (
-        f"{policy.num_parameters():,} weights on {name}, batch {args.batch}, attempts of "
-        f"{args.tokens} tokens: sampling {sampling}, training {training}"
+        f"{name}, {weights:,} weights on {device}, --lora {cfg.lora}, --compile {cfg.compile}, "
+        f"{cfg.batch} episodes of 2 x {cfg.max_new_tokens} tokens, {cfg.rows} rows: "
+        f"sampling {sampling}, training {training}"
     )
 
 
@@ -191,18 +406,36 @@ def toss(coin: torch.Generator) -> int:
     return int(torch.randint(2, (), generator=coin))
 
 
+def settings(args: argparse.Namespace) -> Config:
+    """Those of --task math, with what was given."""
+    names = ("lora", "rows", "micro_tokens", "batch", "compile")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given |= {"max_new_tokens": args.tokens} if args.tokens else {}
+    return configure({"task": "math", **given})
+
+
 def main() -> None:
-    """Print the tables, or the measurement."""
+    """Print the table, a line for one setting, or the measurement."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", choices=CONFIGS, help="count this one")
+    parser.add_argument("--all", action="store_true", help="count what is not yet in memory.json")
     parser.add_argument("--measure", action="store_true", help="make a step on this machine")
-    parser.add_argument("--layers", type=int, default=26)
-    parser.add_argument("--width", type=int, default=2304, help="hidden size")
-    parser.add_argument("--batch", type=int, default=64, help="episodes, 4 a problem")
-    parser.add_argument("--tokens", type=int, default=512, help="of an attempt")
-    parser.add_argument("--rows", type=int, default=64, help="sampled side by side")
+    parser.add_argument("--layers", type=int, help="fewer of them, for a trial")
+    parser.add_argument("--width", type=int, help="hidden size, for a trial")
+    parser.add_argument("--tokens", type=int, help="of an attempt")
+    parser.add_argument("--world", type=int, default=1, help="GPUs")
+    for name in ("lora", "rows", "micro-tokens", "batch", "compile"):
+        parser.add_argument(f"--{name}", type=int, help="as score.py's")
     args = parser.parse_args()
-    cfg = configure({"task": "math"})
-    print(measure(args) if args.measure else f"{table(cfg)}\n\n{what_fits(cfg)}")
+    if args.measure:
+        print(measure(args))
+    elif args.model:
+        sizes = count(make_config(args.model), settings(args), args.world)
+        print("sampling {:.1f} GB, training {:.1f} GB".format(*(size / GB for size in sizes)))
+    else:
+        if args.all:
+            count_all()
+        print(table())
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 from conftest import make_model
-from gemma import fitted_checkpoint
+from gemma import fitted_checkpoint, gemma_tokenizer
 from peft import AutoPeftModelForCausalLM
+from test_cache import FAMILIES, make
 from test_learner import rewarding  # noqa: F401
 from test_ranks import FLAGS, assert_close, finish, torchrun
 from test_runs import SMALL, assert_equal, interrupt_at, run_score, signals, tree  # noqa: F401
@@ -159,24 +160,38 @@ def test_new_adapters_are_float32_and_leave_the_kl_at_exactly_0(precision, chat,
     assert {weight.dtype for weight in adapters(policy)} == {torch.float32}
     its = make_learner(policy, ref, chat, Config(k=2, batch=4))
     made = score.sample(its, [p for p in problems for _ in range(2)], STAGES["2"], "0")
-    assert score.log_probs_and_kl(its, *collated(its, made))[1].abs().max() == 0
-    _, kl = score.log_probs_and_kl(replace_policy(its, noisy(policy)), *collated(its, made))
+    tokens, _, _, places = collated(its, made)
+    assert score.log_probs_and_kl(its, tokens, places)[1].abs().max() == 0
+    noisy(policy)
+    _, kl = score.log_probs_and_kl(its, tokens, places)
     assert kl.abs().max() > 1e-3
     check_sampling(policy, 60)
 
 
-def replace_policy(learner, policy):
-    return make_learner(policy, learner.ref, learner.chat, learner.cfg)
-
-
 def test_sampled_log_probs_of_adapters_equal_the_scored_ones(learner, episodes):  # noqa: F811
-    logp, kl = score.log_probs_and_kl(learner, *collated(learner, episodes))
-    _, numbers = collated(learner, episodes)
+    tokens, own, _, places = collated(learner, episodes)
+    logp, kl = score.log_probs_and_kl(learner, tokens, places)
     for row, episode in enumerate(episodes):
         for number, attempt in enumerate(episode.attempts, start=1):
-            mine = logp[row][numbers[row, 1:] == number]
+            mine = logp[row][own[row] == number]
             torch.testing.assert_close(mine, torch.tensor(attempt.logp), rtol=0, atol=1e-4)
     assert kl.max() > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_of_every_family_sample_as_they_score_and_are_saved_whole(family, tmp_path):
+    save_checkpoint(tmp_path / "base", make(family), gemma_tokenizer())
+    base = load_model(str(tmp_path / "base"))
+    model, tokens = noisy(lora.with_adapters(base, 2, seed=0)), torch.arange(30)[None]
+    check_sampling(model, 100)
+    save_checkpoint(tmp_path / "adapters", model, gemma_tokenizer())
+    with torch.no_grad():
+        again, _ = lora.load_checkpoint(str(tmp_path / "adapters"))
+        assert torch.equal(again(tokens).logits, model(tokens).logits)
+        assert not torch.allclose(base(tokens).logits, model(tokens).logits, atol=1e-2)
+        lora.merge(str(tmp_path / "adapters"), tmp_path / "merged")
+        merged = load_model(str(tmp_path / "merged"))
+        torch.testing.assert_close(merged(tokens).logits, model(tokens).logits, rtol=0, atol=1e-3)
 
 
 # --- 3. Whole runs -------------------------------------------------------------------------------

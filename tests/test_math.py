@@ -136,9 +136,8 @@ def test_sampled_log_probs_equal_the_scored_ones(small_gemma, precision, gap, te
     learner = make_learner(small_gemma, precision, temperature=temperature)
     episodes = episodes_of(learner)
     rows = [transcript(episode, learner.chat) for episode in episodes]
-    tokens, attempt_ids = collate(rows, "cpu")
-    logp, kl = score.log_probs_and_kl(learner, tokens, attempt_ids)
-    own = attempt_ids[:, 1:]
+    tokens, own, _, places = collate(rows, "cpu")
+    logp, kl = score.log_probs_and_kl(learner, tokens, places)
     for row, episode in enumerate(episodes):
         for number, attempt in enumerate(episode.attempts, start=1):
             mine = logp[row][own[row] == number]
@@ -149,7 +148,8 @@ def test_sampled_log_probs_equal_the_scored_ones(small_gemma, precision, gap, te
 def test_a_sharded_reference_that_has_computed_takes_all_weights_of_another_model(small_gemma):
     learner = make_learner(small_gemma, "bfloat16")
     rows = [transcript(episode, learner.chat) for episode in episodes_of(learner)]
-    score.log_probs_and_kl(learner, *collate(rows, "cpu"))  # what looked forward is still gathered
+    tokens, _, _, places = collate(rows, "cpu")
+    score.log_probs_and_kl(learner, tokens, places)  # what looked forward is still gathered
     other = load_checkpoint(str(small_gemma), "bfloat16")[0]
     for weight in other.parameters():
         weight.data += 1
@@ -172,11 +172,12 @@ def test_chunks_of_the_head_change_nothing(small_gemma, monkeypatch):
     learner = make_learner(small_gemma, "float32")
     for weight in learner.policy.parameters():
         weight.data += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-    batch = collate([transcript(e, learner.chat) for e in episodes_of(learner)], "cpu")
+    rows = [transcript(e, learner.chat) for e in episodes_of(learner)]
+    tokens, _, _, places = collate(rows, "cpu")
     found = []
     for numbers in (2**27, 5000):  # all tokens at once, and five at a time
         monkeypatch.setattr(score, "LOGITS_AT_ONCE", numbers)
-        logp, kl = score.log_probs_and_kl(learner, *batch)
+        logp, kl = score.log_probs_and_kl(learner, tokens, places)
         (logp.sum() + kl.sum()).backward()
         found.append((logp, kl, [weight.grad for weight in learner.policy.parameters()]))
         learner.optimizer.zero_grad()

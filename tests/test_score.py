@@ -282,9 +282,8 @@ def test_an_update_of_single_turn_rl_follows_r1_and_not_r2(learner, episodes):
 
 
 def test_sampled_log_probs_equal_the_scored_ones_for_both_attempts(learner, episodes):
-    tokens, numbers = collated(learner, episodes)
-    logp, _ = score.log_probs_and_kl(learner, tokens, numbers)
-    own = numbers[:, 1:]
+    tokens, own, _, places = collated(learner, episodes)
+    logp, _ = score.log_probs_and_kl(learner, tokens, places)
     lengths = {len(y.tokens) for e in episodes for y in e.attempts}
     assert len(lengths) > 3 and any(not y.finished for e in episodes for y in e.attempts)
     for row, episode in enumerate(episodes):
@@ -294,14 +293,14 @@ def test_sampled_log_probs_equal_the_scored_ones_for_both_attempts(learner, epis
 
 
 def test_the_kl_is_zero_on_every_token_while_the_policy_is_the_reference(learner, episodes):
-    _, kl = score.log_probs_and_kl(learner, *collated(learner, episodes))
+    tokens, _, _, places = collated(learner, episodes)
+    _, kl = score.log_probs_and_kl(learner, tokens, places)
     assert kl.abs().max() == 0
 
 
 def test_log_probs_of_attempt_tokens_equal_the_full_ones_with_both_softcaps(learner, episodes):
-    tokens, numbers = collated(learner, episodes)
-    logp, _ = score.log_probs_and_kl(learner, tokens, numbers)
-    own = numbers[:, 1:]
+    tokens, own, _, places = collated(learner, episodes)
+    logp, _ = score.log_probs_and_kl(learner, tokens, places)
     full = learner.policy(input_ids=tokens, use_cache=False).logits.log_softmax(-1)
     by_hand = full[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
     torch.testing.assert_close(logp, by_hand * (own > 0))
@@ -361,7 +360,7 @@ def test_an_offline_attempt_1_is_in_no_loss_but_its_reward_is_in_the_bonus(learn
     assert [e.offline for e in made] == [True] * 12 + [False] * 8
     online = rollout(learner.ref, learner.chat, [made[0].problem], Sampling(1, seed="0"))
     assert online[0].attempts[0].tokens == made[0].attempts[0].tokens  # the base's own
-    _, numbers = collated(learner, made)
+    _, numbers, _, _ = collated(learner, made)
     assert [bool((row == 1).any()) for row in numbers] == [False] * 12 + [True] * 8
     assert all((row == 2).any() for row in numbers)
     r1, r2 = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])
@@ -401,13 +400,15 @@ def test_the_end_token_is_in_the_loss_and_everything_else_after_it_is_not(chat, 
     for y1, y2 in itertools.product((cut, ended, empty), repeat=2):
         episode = score.Episode(problems[0], x1, (y1, y2))
         longer = score.Episode(problems[0], x1 + x1, (cut, cut))  # makes the other be padded
-        tokens, numbers = collate([transcript(episode, chat), transcript(longer, chat)], "cpu")
-        assert tokens[0][numbers[0] == 1].tolist() == y1.tokens
-        assert tokens[0][numbers[0] == 2].tolist() == y2.tokens
+        rows = [transcript(episode, chat), transcript(longer, chat)]
+        tokens, numbers, _, places = collate(rows, "cpu")
+        assert tokens[0, 1:][numbers[0] == 1].tolist() == y1.tokens
+        assert tokens[0, 1:][numbers[0] == 2].tolist() == y2.tokens
+        assert places.tolist() == (numbers.flatten() > 0).nonzero()[:, 0].tolist()
         forced = [close] if y1 is cut else []
         expected = [*x1, *y1.tokens, *forced, *chat.p1, *y2.tokens]
         assert tokens[0][: len(expected)].tolist() == expected
-        assert not numbers[0][len(expected) :].any()
+        assert not numbers[0][len(expected) - 1 :].any()
 
 
 def test_an_update_moves_the_policy_and_not_the_reference(learner, episodes):

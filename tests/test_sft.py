@@ -160,7 +160,7 @@ def test_the_pool_of_a_problem_is_its_own(chat):
     swapped = SAMPLED[4:] + SAMPLED[:4]
     assert texts(STAGES["pair"].learns_from(swapped, 4, "0"))[0][0] == "a"
     for found in STAGES["pair+"].learns_from(SAMPLED, 4, "0"):
-        numbers = [number for _, number in transcript(found, chat)]
+        numbers = [number for _, number, _ in transcript(found, chat)]
         assert 1 not in numbers and 2 in numbers  # y1 is in no loss
 
 
@@ -174,7 +174,7 @@ def test_an_update_of_sft_is_the_gradient_of_the_likelihood_of_y2(learner, probl
     rows = []
     for lesson in lessons:
         row = transcript(lesson, learner.chat)
-        rows.append([(token, number == 2) for token, number in row])
+        rows.append([(token, number == 2) for token, number, _ in row])
     tokens = sum(taught for row in rows for _, taught in row)
     loss = negative_log_likelihood(policy, rows) * tokens / len(lessons)  # of an episode
     expected = torch.autograd.grad(loss, policy.parameters())
