@@ -35,49 +35,74 @@ def flag(default, words: str):
 class Config:
     """All settings of a run. Defaults are the built-in task's; other tasks set theirs in TASKS."""
 
-    stage: str = flag("1,2", "in order, such as 1 or 1,2,1,2; others: 0 1b star star+ pair pair+")
-    model: str = flag("builtin", "base: builtin, folder or hub name")
-    init: str = flag("", "checkpoint from which the policy starts (default: the base model)")
+    stage: str = flag(
+        "1,2", "stages, in order, such as 1 or 1,2,1,2; others: 0 1b star star+ pair pair+"
+    )
+    model: str = flag("builtin", "base model: builtin, a checkpoint folder or a name on the hub")
+    init: str = flag("", "checkpoint from which the policy starts, if not the base model")
     task: str = flag("sums", "what to learn: sums, math, code, answers, or a Python file")
-    data: str = flag("", "folder of the task's files, not the Hugging Face hub; answers: or name")
+    data: str = flag("", "folder with the task's files, not the hub; answers: or a name on the hub")
     columns: str = flag("", "of --task answers, such as problem,solution; usual: question,answer")
     prompt: str = flag("", "file with other words of the first prompt; {question} stands in it")
     correction: str = flag("", "file with other words that ask for another attempt")
-    thinking: int = flag(0, "1: let the chat template ask for thinking, as Qwen3's can")
-    date: str = flag(Wording.date, "that a chat template prints as today's; fixed")
-    ids: str = flag("", "of MBPP's problems to train on; NOT STATED")
+    thinking: int = flag(0, "1: let the chat template ask for thinking first, as Qwen3's can")
+    date: str = flag(Wording.date, "date that a chat template prints as today's; it stays the same")
+    ids: str = flag("", "ids of MBPP's problems to train on, such as 601-974; NOT STATED")
     out: str = flag("runs/sums", "run folder")
-    seed: int = flag(0, "random seed for base model, data order and sampling")
-    steps1: int = flag(120, "updates in stages 0, 1, 1b; Table 8: 3000 in all, split NOT STATED")
-    steps2: int = flag(120, "updates in Stage II, and in one of star or pair")
+    seed: int = flag(0, "random seed for the base model, the order of problems and sampling")
+    steps1: int = flag(120, "updates in stages 1, 1b and 0; Table 8: 3000 in all, split NOT STATED")
+    steps2: int = flag(120, "updates in Stage II, and in each of star and pair")
     attempts: int = flag(2, "attempts at a problem in Stage II; 3 goes with --stage 1,1b,2")
     batch: int = flag(
-        128, "episodes per step, k per problem; Table 8: 512, whether episodes is NOT STATED"
+        128, "episodes in a step, k of each problem; Table 8: 512, of what is NOT STATED"
     )
-    k: int = flag(8, "samples per problem, at least 2; NOT STATED, RLOO's paper: 2 and 4")
-    lr: float = flag(5e-4, "Adam's rate; Table 8: 5e-6, a small model takes more; with --lora x10")
+    k: int = flag(8, "samples of each problem, at least 2; NOT STATED, RLOO's paper: 2 and 4")
+    lr: float = flag(
+        5e-4, "learning rate of Adam, ten times that with --lora; Table 8: 5e-6, for large models"
+    )
     alpha: float = flag(10.0, "weight of the bonus; Table 8")
     beta1: float = flag(0.12, "weight of the ordinary KL; Table 8: 0.01")
     beta2: float = flag(0.1, "weight of Stage I's KL on attempt 1; Table 8")
-    adaptive_beta2: bool = flag(False, "beta2 follows the size of its KL; rule NOT STATED")
-    temperature: float = flag(1.0, "of the policy, sampled and scored alike; Table 8")
+    adaptive_beta2: bool = flag(
+        False, "let beta2 follow the size of its KL; the rule is NOT STATED"
+    )
+    temperature: float = flag(1.0, "temperature at which the policy is sampled and scored; Table 8")
     offline: float = flag(0.0, "share of problems whose attempt 1 is the base's (section 5.3)")
-    clip: float = flag(1.0, "largest gradient norm; NOT STATED, 1 is the custom")
-    max_new_tokens: int = flag(10, "of one attempt; NOT STATED, a sum needs 9")
+    clip: float = flag(1.0, "largest norm of a gradient; NOT STATED, 1 is the custom")
+    max_new_tokens: int = flag(10, "longest attempt, in tokens; NOT STATED, a sum needs 9")
     lora: int = flag(0, "rank of LoRA adapters; 0 trains all weights, as the paper does")
-    precision: str = flag("float32", "of the policy; bfloat16 has float32 masters")
-    rows: int = flag(500, "episodes sampled side by side: memory, not the result")
-    micro_tokens: int = flag(16384, "tokens per forward pass: memory, not the result")
-    recompute: int = flag(0, "1: compute activations again in backward, to hold fewer")
-    compile: int = flag(0, "1: torch.compile what samples and scores; takes minutes at first")
-    save_every: int = flag(25, "steps between saves; the best of them is the stage's checkpoint")
+    precision: str = flag("float32", "float32, or bfloat16 with float32 masters")
+    rows: int = flag(500, "episodes sampled side by side; costs memory, does not change the result")
+    micro_tokens: int = flag(
+        16384, "tokens in a forward pass; costs memory, does not change the result"
+    )
+    recompute: int = flag(0, "1: compute activations again in backward, to hold fewer of them")
+    compile: int = flag(0, "1: torch.compile the model; its first steps then take minutes")
+    save_every: int = flag(25, "steps between two saves; the best one is the stage's checkpoint")
     show_every: int = flag(25, "steps between transcripts in samples.txt")
     problems: int = flag(2000, "held-out problems in the table at the end")
-    eval_every: int = flag(0, "steps between evaluations on those; 0: at the ends of stages")
+    eval_every: int = flag(0, "steps between evaluations on those; 0: at the end of a stage only")
     tensorboard: int = flag(0, "1: write the metrics for TensorBoard, too")
     resume: bool = flag(False, "go on with the run in --out; more steps may be given")
 
 
+GROUPS = {  # of --help
+    "what to learn": "stage model init task data columns prompt correction thinking date ids",
+    "the algorithm": "steps1 steps2 batch k lr alpha beta1 beta2 adaptive_beta2 clip lora seed",
+    "sampling": "attempts temperature max_new_tokens offline",
+    "memory and speed": "precision rows micro_tokens recompute compile",
+    "the run": "out resume save_every show_every problems eval_every tensorboard",
+}
+EXAMPLES = """examples:
+  python score.py                                  the built-in task, on a CPU
+  python score.py --task math --lora 16 --rows 32  Gemma 2 2B on one GPU of 24 GB
+  python score.py --resume --out runs/math         go on after a stop
+"""
+EVAL_EXAMPLES = """examples:
+  python eval.py --model runs/sums/stage2                   greedy, on held-out problems
+  python eval.py --model runs/answers/stage2 --ask "What is half of 7?"
+  python eval.py --report runs/sums                         a page on the run
+"""
 SHARED = ("data", "columns", "prompt", "correction", "thinking", "date")  # with eval.py
 PATHS = ("model", "init", "data", "prompt", "correction")  # where they name something here
 
@@ -223,26 +248,49 @@ def reject(message: str) -> None:
     raise InputError(message)
 
 
+def help_parser(words: str, examples: str) -> argparse.ArgumentParser:
+    """A parser that describes itself by the first line of `words`, and ends with examples."""
+    parser = argparse.ArgumentParser(
+        description=words.partition("\n")[0],
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = reject
+    return parser
+
+
 def parse_train_flags(words: str, argv: list[str] | None = None) -> dict:
     """The flags of score.py that were given, by name; defaults are left to Config."""
-    parser = argparse.ArgumentParser(description=words.partition("\n")[0], allow_abbrev=False)
-    parser.error = reject
-    for item in fields(Config):
-        others = {task: settings_of(task).get(item.name, item.default) for task in TASKS}
-        of_task = "".join(f", {task}: {x}" for task, x in others.items() if x != item.default)
-        default = "none" if item.default == "" else item.default
-        text = f"{item.metadata['help']} (default: {default}{of_task})".replace("%", "%%")
-        kind = {"action": "store_true"} if item.default is False else {"type": type(item.default)}
-        parser.add_argument(as_flag(item.name), default=argparse.SUPPRESS, help=text, **kind)
+    parser = help_parser(words, EXAMPLES)
+    known = {item.name: item for item in fields(Config)}
+    for title, names in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for item in map(known.pop, names.split()):
+            others = {task: settings_of(task).get(item.name, item.default) for task in TASKS}
+            of_task = "".join(f", {task}: {x}" for task, x in others.items() if x != item.default)
+            default = "none" if item.default == "" else item.default
+            text = f"{item.metadata['help']} (default: {default}{of_task})".replace("%", "%%")
+            kind = {"type": type(item.default)}
+            if item.default is False:
+                kind = {"action": "store_true"}
+            group.add_argument(as_flag(item.name), default=argparse.SUPPRESS, help=text, **kind)
+    assert not known, f"in no group: {known}"
     return vars(parser.parse_args(argv))
 
 
 def parse_eval_flags(words: str, argv: list[str] | None = None) -> argparse.Namespace:
     """All flags of eval.py; those that say how it is asked are by default those of the run."""
-    parser = argparse.ArgumentParser(description=words.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--model", help="checkpoint folder, or name on the Hugging Face hub")
+    parser = help_parser(words, EVAL_EXAMPLES)
+    asked = parser.add_argument_group(
+        "what is asked, and how; by default as in the checkpoint's run"
+    )
+    how = parser.add_argument_group("attempts")
+    other = parser.add_argument_group("instead of two attempts at each problem")
+    files = parser.add_argument_group("files")
+    asked.add_argument("--model", help="checkpoint folder, or name on the Hugging Face hub")
     words = f"{', '.join(TASKS)}, or a Python file with TASK = Task(..) (default: the run's, sums)"
-    parser.add_argument("--task", default=argparse.SUPPRESS, help=words)
+    asked.add_argument("--task", default=argparse.SUPPRESS, help=words)
     for item in fields(Config):
         if item.name in (*SHARED, *ATTEMPT_FLAGS):
             words = ATTEMPT_FLAGS.get(item.name, item.metadata["help"])
@@ -250,24 +298,30 @@ def parse_eval_flags(words: str, argv: list[str] | None = None) -> argparse.Name
             usual = "the run's"
             if item.name in ATTEMPT_FLAGS:
                 usual += "".join(f", {task}: {getattr(TASKS[task], item.name)}" for task in TASKS)
-            parser.add_argument(as_flag(item.name), help=f"{words} (default: {usual})", **kind)
-    parser.add_argument("--split", default="test", help="of the problems; code: test or mbpp")
-    parser.add_argument("--ask", metavar="QUESTION", help="attempt this question, and print that")
-    words = "correct given wrong first attempts: of a JSONL file, or (without FILE) of the base"
-    parser.add_argument("--repair", nargs="?", const="", metavar="FILE", help=words)
+            group = how if item.name in ATTEMPT_FLAGS else asked
+            group.add_argument(as_flag(item.name), help=f"{words} (default: {usual})", **kind)
+    words = "part of the problems: test, or mbpp for --task code (default: test)"
+    asked.add_argument("--split", default="test", help=words)
+    how.add_argument("--attempts", type=int, default=2, help="at each problem (default: 2)")
+    words = "temperature of sampling; 0, the default, is greedy"
+    how.add_argument("--temperature", type=float, help=words)
+    words = "random seed of sampling, at a temperature above 0 (default: eval)"
+    how.add_argument("--seed", default="eval", help=words)
+    other.add_argument("--ask", metavar="QUESTION", help="attempt this question, and print that")
+    words = (
+        "correct given wrong first attempts: of a JSONL file, or (without FILE) of the base model"
+    )
+    other.add_argument("--repair", nargs="?", const="", metavar="FILE", help=words)
     words = f"votes of 2, 4 .. 2 SAMPLES, at temperature {VOTES_TEMPERATURE} unless that is given"
-    parser.add_argument("--samples", type=int, default=0, help=words)
+    other.add_argument("--samples", type=int, default=0, help=words)
     words = "Self-Refine: ask for feedback on attempt 1, and then for attempt 2"
-    parser.add_argument("--refine", action="store_true", help=words)
-    parser.add_argument("--attempts", type=int, default=2, help="at each problem (default: 2)")
-    parser.add_argument("--temperature", type=float, help="0, the default, is greedy")
-    parser.add_argument("--seed", default="eval", help="of sampling, at a temperature above 0")
+    other.add_argument("--refine", action="store_true", help=words)
     words = "folder to write to (default: RUN/eval/STAGE for the checkpoint RUN/STAGE)"
-    parser.add_argument("--out", type=Path, help=words)
-    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw a run or an evaluation")
+    files.add_argument("--out", type=Path, help=words)
     words = "one HTML page on a run or an evaluation, or on two of them side by side"
-    parser.add_argument("--report", type=Path, nargs="+", metavar="FOLDER", help=words)
-    parser.error = reject
+    files.add_argument("--report", type=Path, nargs="+", metavar="FOLDER", help=words)
+    words = "draw the pictures of a run or an evaluation"
+    files.add_argument("--plot", type=Path, metavar="FOLDER", help=words)
     typed = vars(parser.parse_args(argv))
     of_run = settings_of_run(typed["model"], typed.get("task"))
     known = find_task(typed.get("task") or of_run.get("task", Config.task))

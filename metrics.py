@@ -32,7 +32,7 @@ def evaluate(model, chat: Chat, problems: list[Problem], sampling: Sampling, beg
 
 
 def measure(episodes: list[Episode]) -> dict[str, float]:
-    """Every metric of the README's table, over all episodes; shares and accuracies in [0, 1]."""
+    """Every metric of TUTORIAL.md's table, over all episodes; shares and accuracies in [0, 1]."""
     n, attempts = len(episodes), list(zip(*(e.attempts for e in episodes), strict=True))
     right = [[attempt.reward == 1.0 for attempt in column] for column in attempts]
     metrics = {f"acc_t{i}": sum(column) / n for i, column in enumerate(right, start=1)}

@@ -120,9 +120,9 @@ def heap_queue_largest(nums, n):
 
 ATTEMPT_FLAGS = {  # flags of eval.py and score.py alike
     "problems": "held-out problems",
-    "max_new_tokens": "of one attempt",
-    "precision": "of the weights",
-    "rows": "attempted side by side",
+    "max_new_tokens": "longest attempt, in tokens",
+    "precision": "float32 or bfloat16, of the weights",
+    "rows": "attempted side by side; costs memory",
 }
 
 
@@ -272,7 +272,7 @@ def run_task_file(path: str) -> Task:
     sys.path.append(os.path.dirname(path))
     task = explained(path, "it", runpy.run_path)(path).get("TASK")
     if not isinstance(task, Task):
-        raise InputError(f"--task {path} has no TASK = Task(..): add it, see README.md")
+        raise InputError(f"--task {path} has no TASK = Task(..): add it, see TUTORIAL.md")
     if not isinstance(task.again, str) or not task.again.strip():
         raise InputError(f"--task {path}: again is {task.again!r}: give the words that ask again")
     calls = {n: explained(path, n, getattr(task, n), check) for n, check in RESULTS.items()}

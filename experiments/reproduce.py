@@ -1,7 +1,7 @@
 """What the paper compares (Tables 1, 2, 4, Figures 1, 3 to 5, 7, 8), in one command.
 
-    python experiments/reproduce.py                 the built-in task, seeds 40 to 49
-    python experiments/reproduce.py --seeds 40-42   some of them; the others can follow later
+    python experiments/reproduce.py                 the built-in task, seeds 50 to 59
+    python experiments/reproduce.py --seeds 50-52   some of them; the others can follow later
     python experiments/reproduce.py --only score --threads 2 --out runs/two-threads
     python experiments/reproduce.py --model google/gemma-2-2b-it --task math --out runs/gemma
     python experiments/reproduce.py --map           when does SCoRe pay? (landscape.py)
@@ -168,7 +168,7 @@ def last_fifth(lines: list[dict], name: str) -> float:
 def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, dict, list[str]]:
     """Flags of this script, and those for score.py, as values and as words."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--seeds", help="such as 40-49 (the default) or 3,5; of --map 30-32")
+    parser.add_argument("--seeds", help="such as 50-59 (the default) or 3,5; of --map 30-32")
     parser.add_argument("--out", type=Path, help="default: runs/reproduce, or runs/map")
     parser.add_argument(
         "--only", default="", help=f"some of {', '.join(TRAINED)}; SCoRe always runs"
@@ -184,7 +184,7 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, dict, list[
     ours |= {"attempts", "resume"}
     for name in sorted(ours & set(typed)):
         raise InputError(f"{as_flag(name)} is what the methods differ in: leave it out")
-    args.seeds = read_seeds(args.seeds or ("30-32" if args.map else "40-49"))
+    args.seeds = read_seeds(args.seeds or ("30-32" if args.map else "50-59"))
     args.out = args.out or Path("runs/map" if args.map else "runs/reproduce")
     args.only = tuple(args.only.split(",")) if args.only else ()
     for name in args.only:
@@ -206,7 +206,7 @@ def read_seeds(text: str) -> list[int]:
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if first > last:
-            raise InputError(f"--seeds {text} cannot be read: give some such as 40-49 or 3,5")
+            raise InputError(f"--seeds {text} cannot be read: give some such as 50-59 or 3,5")
         seeds += range(first, last + 1)
     return seeds
 

@@ -5,10 +5,13 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from test_runs import SMALL, run_score, signals  # noqa: F401
+
+from config import EVAL_EXAMPLES, EXAMPLES, GROUPS, Config, parse_train_flags
 
 
 @pytest.mark.parametrize(
@@ -51,6 +54,17 @@ def test_help_and_a_mistyped_flag_do_not_wait_for_torch(script, tmp_path):
     done = started(script, tmp_path, fake, "--outt", "x")
     assert done.returncode == 2 and done.stderr == f"{script}: unrecognized arguments: --outt x\n"
     assert "torch was loaded" in started(script, tmp_path, fake).stderr  # the fake one is found
+
+
+def test_help_groups_every_setting_and_its_examples_are_right(tmp_path):
+    grouped = [name for names in GROUPS.values() for name in names.split()]
+    assert sorted(grouped) == sorted(item.name for item in fields(Config))
+    shown = started("score.py", tmp_path, "", "--help").stdout
+    assert all(f"\n{title}:\n" in shown for title in GROUPS) and EXAMPLES in shown
+    lines = [line.split("  ")[1] for line in EXAMPLES.splitlines()[1:]]
+    assert all(parse_train_flags("", line.split()[2:]) is not None for line in lines)
+    shown = started("eval.py", tmp_path, "", "--help").stdout
+    assert EVAL_EXAMPLES in shown and "\nattempts:\n" in shown
 
 
 @pytest.mark.parametrize("script", ["score.py", "eval.py"])

@@ -71,9 +71,9 @@ def test_its_reward_is_the_words_in_reverse_order_and_its_splits_share_nothing()
     assert [task.states(attempt, problem) for attempt in ("", "ant")] == [None, "ant"]
 
 
-def test_the_readme_shows_it_whole():
+def test_the_tutorial_shows_it_whole():
     text = EXAMPLE.read_text()
-    assert text.partition('"""\n\n')[2] in (EXAMPLE.parent.parent / "README.md").read_text()
+    assert text.partition('"""\n\n')[2] in (EXAMPLE.parent.parent / "TUTORIAL.md").read_text()
     code = text.partition('"""')[2].partition('"""')[2]
     lines = [line for line in code.splitlines() if line.strip() and "import" not in line]
     assert len(lines) <= 30
