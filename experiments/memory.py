@@ -122,7 +122,7 @@ def make_config(name: str, **sizes: int):
     return config
 
 
-def make_learner(config, cfg: Config, world: int = 1) -> Learner:
+def make_learner(config, cfg: Config, world: int = 1, prompt: int = LONGEST) -> Learner:
     """A Learner as learner.build makes it, on this machine or (within FakeTensorMode) nowhere.
 
     The weights are random. world: among so many processes, which are fake if they are more than 1.
@@ -142,7 +142,7 @@ def make_learner(config, cfg: Config, world: int = 1) -> Learner:
     if whole:
         ranks.shard(policy, cfg.precision, models.run_body)
         ranks.shard(ref, cfg.precision, models.run_body)
-    chat = RandomChat((LONGEST, LONGEST + 1), p1=list(range(10, 10 + AGAIN)), end_ids=(10**9,))
+    chat = RandomChat((prompt, prompt + 1), p1=list(range(10, 10 + AGAIN)), end_ids=(10**9,))
     adam = models.adam(policy, cfg.lr)
     adam.param_groups[0]["fused"] = True  # as on a GPU
     return Learner(policy, ref, full_copy, adam, chat, [], cfg, base=ref)
@@ -257,7 +257,11 @@ def fake_tensors(world: int):
 @contextlib.contextmanager
 def few_steps(every: int):
     """Let decoding compute some of its steps: the later one is, the more memory it takes."""
-    step, draw, kept = RowCache.step, sample.draw, {}
+    read, step, draw, kept = RowCache.read, RowCache.step, sample.draw, {}
+
+    def begun(cache, contexts):
+        kept.clear()
+        return read(cache, contexts)
 
     def sometimes(cache, token):
         if (cache.longest + 1) % every:
@@ -273,17 +277,18 @@ def few_steps(every: int):
         return kept["drawn"]
 
     with (
+        mock.patch.object(RowCache, "read", begun),
         mock.patch.object(RowCache, "step", sometimes),
         mock.patch.object(sample, "draw", drawn),
     ):
         yield
 
 
-def count(config, cfg: Config, world: int = 1, every: int = 256) -> tuple[float, float]:
+def count(config, cfg: Config, world=1, prompt=LONGEST, every=256) -> tuple[float, float]:
     """Bytes at the peak of sampling and of an update, on one of `world` GPUs."""
     counter = Counter()
     with fake_tensors(world):
-        learner = make_learner(config, cfg, world)
+        learner = make_learner(config, cfg, world, prompt)
         with few_steps(every), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of fake tensors, which have no address
             return peaks(counter, learner, world)
@@ -296,7 +301,7 @@ def peaks(counter: Counter, learner: Learner, world: int = 1) -> tuple[float, fl
     with counter.watching(learner):
         episodes = score.sample(learner, problems, stage, "0")
         found.append(counter.peak)
-        length = LONGEST + AGAIN + 2 * cfg.max_new_tokens
+        length = learner.chat.lengths[0] + AGAIN + 2 * cfg.max_new_tokens
         some = 2 * max(1, cfg.micro_tokens // length) * world
         some = min(len(episodes), -(-some // cfg.k) * cfg.k)
         gc.collect()
@@ -361,7 +366,7 @@ def measure(args: argparse.Namespace) -> str:
     sizes = {"num_hidden_layers": args.layers, "hidden_size": args.width}
     name = args.model or "gemma-2-2b"
     config = make_config(name, **{name: x for name, x in sizes.items() if x})
-    learner = make_learner(config, settings(args))
+    learner = make_learner(config, settings(args), prompt=args.prompt)
     if learner.cfg.compile:
         for model in filter(None, (learner.policy, learner.ref, learner.full_copy)):
             models.compile_body(model)
@@ -423,6 +428,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer of them, for a trial")
     parser.add_argument("--width", type=int, help="hidden size, for a trial")
     parser.add_argument("--tokens", type=int, help="of an attempt")
+    parser.add_argument("--prompt", type=int, default=LONGEST, help="tokens of x1")
     parser.add_argument("--world", type=int, default=1, help="GPUs")
     for name in ("lora", "rows", "micro-tokens", "batch", "compile"):
         parser.add_argument(f"--{name}", type=int, help="as score.py's")
@@ -430,7 +436,7 @@ def main() -> None:
     if args.measure:
         print(measure(args))
     elif args.model:
-        sizes = count(make_config(args.model), settings(args), args.world)
+        sizes = count(make_config(args.model), settings(args), args.world, args.prompt)
         print("sampling {:.1f} GB, training {:.1f} GB".format(*(size / GB for size in sizes)))
     else:
         if args.all:

@@ -77,7 +77,9 @@ def test_ctrl_c_while_torch_is_loaded_prints_nothing(script, tmp_path):
 def test_it_trains_on_a_system_without_fcntl_and_resource(checkpoint, tmp_path):
     """As on Windows; there, programs cannot be run, and that is said in one sentence."""
     code = """
-import sys
+import contextlib, sys
+with contextlib.suppress(ImportError):
+    import psutil  # has other modules of its own on Windows
 sys.modules.update(fcntl=None, resource=None)
 import score, rewards
 from data import InputError, Problem

@@ -18,7 +18,6 @@ def settings(**given):
 
 @pytest.fixture(autouse=True)
 def short_prompts(monkeypatch):
-    monkeypatch.setattr(memory, "LONGEST", 30)
     monkeypatch.setattr(memory, "AGAIN", 6)
 
 
@@ -26,10 +25,10 @@ def short_prompts(monkeypatch):
 @pytest.mark.parametrize("name", ["gemma-2-2b", "qwen2.5-1.5b"])
 def test_fake_tensors_take_what_real_ones_take(name, given):
     config, cfg = make_config(name, **SMALL), settings(**given)
-    real = peaks(Counter(), make_learner(config, cfg))
+    real = peaks(Counter(), make_learner(config, cfg, prompt=30))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # of one process
-    assert count(config, cfg, every=1) == pytest.approx(real, rel=0.02)
+    assert count(config, cfg, prompt=30, every=1) == pytest.approx(real, rel=0.02)
 
 
 def test_storages_are_counted_once_until_nobody_holds_them():
@@ -51,11 +50,11 @@ def test_lora_holds_the_weights_once_and_full_training_holds_all_copies():
     with torch.device("meta"):
         weights = memory.transformers.AutoModelForCausalLM.from_config(config).num_parameters()
     cfg = settings(rows=4, max_new_tokens=2)  # next to nothing but weights
-    full, _ = count(config, cfg)
-    of_lora, _ = count(config, settings(rows=4, max_new_tokens=2, lora=1))
+    full, _ = count(config, cfg, prompt=30)
+    of_lora, _ = count(config, settings(rows=4, max_new_tokens=2, lora=1), prompt=30)
     assert 16 * weights < full < 20 * weights  # masters, Adam (4 + 8), reference, copy (2 + 2)
     assert 2 * weights < of_lora < 4 * weights
-    of_eight, _ = count(config, cfg, world=8)
+    of_eight, _ = count(config, cfg, world=8, prompt=30)
     assert 14 / 8 * weights + 2 * weights < of_eight < full / 2
 
 

@@ -97,7 +97,7 @@ def test_the_table_has_means_and_spreads():
     assert tables.mean_and_spread([-1e-5, 0.0]) == ".000 ± .000"
     ranges = tables.summary({"rows": rows}).splitlines()
     assert len(ranges) == 2 + len(tables.SUMMARY)
-    assert ranges[7].startswith("| **SCoRe** |") and ranges[7].count(".550 (.500 to .600)") == 3
+    assert ranges[-1].startswith("| **SCoRe** |") and ranges[-1].count(".550 (.500 to .600)") == 3
 
 
 def test_what_other_roundings_give_widens_the_range_but_not_the_mean():
@@ -106,10 +106,10 @@ def test_what_other_roundings_give_widens_the_range_but_not_the_mean():
     other = {"acc_t1": [0.65], "acc_t2": [0.88], "delta": [0.23]}
     elsewhere = {"two threads": {"seeds": [5], "rows": {"score": other}}}
     lines = tables.summary(results, elsewhere.values()).splitlines()
-    assert lines[7] == (
+    assert lines[-1] == (
         "| **SCoRe** | .550 (.500 to .650) | .800 (.700 to .900) | .250 (.200 to .300) |"
     )
-    assert ".500 to .600" in lines[5]  # direct RL was not run elsewhere
+    assert ".500 to .600" in lines[4]  # direct RL was not run elsewhere
     first, second = tables.rounding(results, elsewhere).splitlines()[2:]
     assert first == "| as above | .600 | .900 | .300 | .000 |"
     assert second == "| two threads | .650 | .880 | .230 | .070 |"
