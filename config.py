@@ -46,7 +46,7 @@ class Config:
     prompt: str = flag("", "file with other words of the first prompt; {question} stands in it")
     correction: str = flag("", "file with other words that ask for another attempt")
     thinking: int = flag(0, "1: let the chat template ask for thinking first, as Qwen3's can")
-    date: str = flag(Wording.date, "date that a chat template prints as today's; it stays the same")
+    date: str = flag(Wording.date, "fixed date for chat templates that print today's")
     ids: str = flag("", "ids of MBPP's problems to train on, such as 601-974; NOT STATED")
     out: str = flag("runs/sums", "run folder")
     seed: int = flag(0, "random seed for the base model, the order of problems and sampling")
@@ -54,7 +54,7 @@ class Config:
     steps2: int = flag(120, "updates in Stage II, and in each of star and pair")
     attempts: int = flag(2, "attempts at a problem in Stage II; 3 goes with --stage 1,1b,2")
     batch: int = flag(
-        128, "episodes in a step, k of each problem; Table 8: 512, of what is NOT STATED"
+        128, "episodes in a step, k of each problem; Table 8: 512, the unit is NOT STATED"
     )
     k: int = flag(8, "samples of each problem, at least 2; NOT STATED, RLOO's paper: 2 and 4")
     lr: float = flag(

@@ -3,8 +3,7 @@
     W x   becomes   W x + 32/R · B (A x)      W frozen, A (R, in) random, B (out, R) 0 at first
 
     python score.py --lora 16                                adapters of rank 16: R above
-    python lora.py --merge runs/sums/stage2 --out merged     a checkpoint without adapters, for all
-                                                             programs that know none
+    python lora.py --merge runs/sums/stage2 --out runs/sums/merged     for programs that know none
 
 Policy and reference are two models over the same frozen weights, so there is one copy of them; the
 policy has the adapters. They are float32, whatever the base is: Adam needs no masters. At step 0
@@ -115,8 +114,8 @@ def check_init(init: str, rank: int, base) -> None:
     of_init = models.load_model(base_of(init), precision)
     if models.fingerprint(of_init) != models.fingerprint(base):
         raise InputError(
-            f"--init {init} is neither the base model {base.name_or_path} nor adapters of it: name "
-            "its base with --model"
+            f"--init {init} is neither the base model {base.name_or_path} nor adapters of it: "
+            "leave out --lora, or make it the base with --model"
         )
     if has_adapters(init):
         found = import_peft().PeftConfig.from_pretrained(init).r
