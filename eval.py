@@ -40,9 +40,9 @@ import figures
 import ranks
 import report
 from data import InputError, Problem, read_jsonl
-from lora import load_checkpoint
+from lora import base_of, load_checkpoint
 from metrics import as_table, by_group, evaluate, intervals, measure
-from runs import as_words, base_in, disk_errors_explained, locked, read_json, write_atomically
+from runs import as_words, disk_errors_explained, locked, read_json, write_atomically
 from sample import Attempt, Episode, Sampling, askable, check_sampling, rollout
 from tasks import (
     Chat,
@@ -162,13 +162,6 @@ def only_wrong(episodes: list[Episode], source: str) -> list[Episode]:
     if not found:
         raise InputError("--repair found no wrong attempt: give others")
     return found
-
-
-def base_of(model: str) -> str:
-    """The base model of a checkpoint in a run folder; else the model itself."""
-    run = Path(model).resolve().parent
-    name = read_json(run / "config.json").get("settings", {}).get("model", model)
-    return base_in(run, name)
 
 
 # --- 3. Main -------------------------------------------------------------------------------------

@@ -195,6 +195,9 @@ class Joined:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
 
+    def __deepcopy__(self, _memo: dict) -> None:
+        """A copied layer has none, or the weights would be copied once more; `join` makes it."""
+
 
 @torch.inference_mode(False)  # what is moved goes on learning
 def join(model) -> None:

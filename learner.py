@@ -112,8 +112,9 @@ def build(cfg: Config, plan: list[Stage], init: str, same_base: bool) -> tuple[L
     """
     if cfg.lora:
         ranks.on_all_ranks(lora.import_peft)
-    whole = init and not cfg.lora
-    policy = ranks.on_all_ranks(models.load_model, init, cfg.precision) if whole else None
+    policy = None
+    if init and not cfg.lora:
+        policy = ranks.on_all_ranks(models.load_model, init, cfg.precision)
     ranks.on_all_ranks(fit_base, cfg, same_base)
     policy, ref, tokenizer = ranks.on_all_ranks(add_reference, policy, cfg, init)
     chat, problems, longest = ranks.on_all_ranks(questions, cfg, ref, tokenizer)

@@ -17,7 +17,6 @@ ranks.py.
 
 import argparse
 import copy
-import json
 import os
 import sys
 import warnings
@@ -30,7 +29,7 @@ import models
 import ranks
 from config import reject
 from data import InputError, first_line
-from runs import disk_errors_explained, locked
+from runs import base_in, disk_errors_explained, locked, read_json
 
 SCALE = 32
 PREFIX = "base_model.model."  # of a weight's name in peft's files
@@ -53,6 +52,16 @@ def has_adapters(checkpoint: str) -> bool:
     return (Path(checkpoint) / models.ADAPTERS).exists()
 
 
+def settings_of(checkpoint: str):
+    """peft's settings of the adapters in a checkpoint folder; InputError if they are damaged."""
+    peft = import_peft()
+    try:
+        return peft.PeftConfig.from_pretrained(checkpoint)
+    except Exception as error:  # whatever a damaged file raises
+        reason = first_line(error)
+        raise InputError(f"{checkpoint}/{models.ADAPTERS} cannot be read: {reason}") from error
+
+
 def with_adapters(base, rank: int, seed: int, checkpoint: str = ""):
     """A model over the weights of `base`, with the adapters of a checkpoint, or else new ones.
 
@@ -61,7 +70,7 @@ def with_adapters(base, rank: int, seed: int, checkpoint: str = ""):
     peft = import_peft()
     model = copy.deepcopy(base, memo={id(weight): weight for weight in base.parameters()})
     if has_adapters(checkpoint):
-        settings = peft.PeftConfig.from_pretrained(checkpoint)
+        settings = settings_of(checkpoint)
     else:
         settings = peft.LoraConfig(
             r=rank, lora_alpha=SCALE, target_modules="all-linear", task_type="CAUSAL_LM"
@@ -95,30 +104,32 @@ def read_weights(model, checkpoint: str) -> None:
 
 
 def base_of(checkpoint: str) -> str:
-    """The base model of adapters: of their run, or that they name; a whole model is its own."""
-    if not has_adapters(checkpoint):
-        return checkpoint
-    of_run = Path(checkpoint).absolute().parent / "base"
-    if of_run.exists():
-        return str(of_run)
-    try:
-        settings = json.loads((Path(checkpoint) / models.ADAPTERS).read_text("utf-8"))
-        return settings["base_model_name_or_path"] or checkpoint
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{checkpoint}/{models.ADAPTERS} is damaged: restore it") from error
+    """The base model of a checkpoint: its run's, or what its adapters name; else itself."""
+    run = Path(checkpoint).resolve().parent
+    name = read_json(run / "config.json").get("settings", {}).get("model")
+    if name:
+        return base_in(run, name)
+    named = settings_of(checkpoint).base_model_name_or_path if has_adapters(checkpoint) else ""
+    return named or checkpoint
+
+
+def whole_of(checkpoint: str) -> str:
+    """The whole model that a checkpoint needs: the base of adapters, or the checkpoint itself."""
+    return base_of(checkpoint) if has_adapters(checkpoint) else checkpoint
 
 
 def check_init(init: str, rank: int, base) -> None:
     """Raise InputError if training cannot go on from `init`: the base, or adapters of this rank."""
-    precision = str(base.dtype).removeprefix("torch.")
-    of_init = models.load_model(base_of(init), precision)
+    precision, whole = str(base.dtype).removeprefix("torch."), whole_of(init)
+    same = Path(whole).resolve() == Path(base.name_or_path).resolve()
+    of_init = base if same else models.load_model(whole, precision)
     if models.fingerprint(of_init) != models.fingerprint(base):
         raise InputError(
             f"--init {init} is neither the base model {base.name_or_path} nor adapters of it: "
             "leave out --lora, or make it the base with --model"
         )
     if has_adapters(init):
-        found = import_peft().PeftConfig.from_pretrained(init).r
+        found = settings_of(init).r
         if found != rank:
             raise InputError(f"--lora {rank}: --init {init} has rank {found}: give --lora {found}")
 
@@ -128,7 +139,7 @@ def check_init(init: str, rank: int, base) -> None:
 
 def load_checkpoint(name: str, precision: str = "float32"):
     """Model and tokenizer of a checkpoint with adapters, or of a whole one (models.py)."""
-    base = models.load_model(base_of(name), precision)
+    base = models.load_model(whole_of(name), precision)
     model = with_adapters(base, 0, 0, name) if has_adapters(name) else base
     return model, load_tokenizer(name, base)
 
@@ -136,7 +147,7 @@ def load_checkpoint(name: str, precision: str = "float32"):
 def load_tokenizer(checkpoint: str, model):
     """The tokenizer of a checkpoint; that of its base if it has none of its own."""
     own = (Path(checkpoint) / "tokenizer_config.json").exists()
-    return models.load_tokenizer(checkpoint if own else base_of(checkpoint), model)
+    return models.load_tokenizer(checkpoint if own else whole_of(checkpoint), model)
 
 
 def merge(checkpoint: str, out: Path) -> None:

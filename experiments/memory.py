@@ -126,6 +126,7 @@ def make_learner(config, cfg: Config, world: int = 1, prompt: int = LONGEST) -> 
     """A Learner as learner.build makes it, on this machine or (within FakeTensorMode) nowhere.
 
     The weights are random. world: among so many processes, which are fake if they are more than 1.
+    Not by models.distribute, since fake weights cannot be moved to another device or precision.
     """
     here = ranks.device()
     with unset_fake_temporarily(), torch.device("meta"):
@@ -234,10 +235,8 @@ class Counter(TorchDispatchMode):
 @contextlib.contextmanager
 def fake_tensors(world: int):
     """Within this, tensors have no numbers: 1 is read from all of them. Ranks are fake, too."""
-    mesh = None
-    if world > 1 or not dist.is_initialized():
-        dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
-        mesh = init_device_mesh("cpu", (world,))
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    mesh = init_device_mesh("cpu", (world,))
 
     def ones(tensor):
         return [ones(row) for row in tensor] if tensor.dim() else 1
@@ -245,13 +244,13 @@ def fake_tensors(world: int):
     answers = {"__bool__": lambda self: True, "item": lambda self: 1, "tolist": ones}
     answers["__deepcopy__"] = lambda self, memo: self.clone()
     with contextlib.ExitStack() as stack:
+        stack.callback(dist.destroy_process_group)
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(FakeTensor, name, answer, create=True))
         stack.enter_context(mock.patch.object(ranks, "all_gather", lambda items: items * world))
         stack.enter_context(mock.patch.object(ranks, "init_device_mesh", return_value=mesh))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield
-    dist.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -93,8 +93,14 @@ def test_an_interrupted_run_of_any_stages_goes_on_bit_for_bit(
     flags = ["--model", checkpoint, *SMALL, "--steps1", 3, "--steps2", 3, "--stage", plan]
     flags += ["--lr", "0.01"]
     flags += ["--attempts", 3] if "1b" in plan else []
+    # at the end of a stage, and after a save within the second
+    assert_goes_on_as_if_never_interrupted(flags, (2, 5), tmp_path, monkeypatch)
+
+
+def assert_goes_on_as_if_never_interrupted(flags, steps, tmp_path, monkeypatch):
+    """A run that is interrupted after one of these steps, and resumed, is the whole run."""
     assert run_score(*flags, "--out", tmp_path / "whole") == 0
-    for step in (2, 5):  # at the end of a stage, and after a save within the second
+    for step in steps:
         out = tmp_path / f"stopped{step}"
         with monkeypatch.context() as patch:
 

@@ -11,15 +11,15 @@ from conftest import make_model
 from gemma import fitted_checkpoint, gemma_tokenizer
 from peft import AutoPeftModelForCausalLM
 from test_cache import FAMILIES, make
-from test_learner import rewarding  # noqa: F401
+from test_learner import assert_goes_on_as_if_never_interrupted, rewarding  # noqa: F401
 from test_ranks import FLAGS, assert_close, finish, torchrun
-from test_runs import SMALL, assert_equal, interrupt_at, run_score, signals, tree  # noqa: F401
+from test_runs import SMALL, run_score, signals, tree  # noqa: F401
 from test_score import (
     ATTEMPTS,
     EPISODES,
     STAGES,
     Config,
-    Recorder,
+    assert_scored_as_sampled,
     collated,
     episodes,  # noqa: F401
     equation,
@@ -33,8 +33,14 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 import eval as evaluation
 import lora
 import score
-from fused import fuse
-from models import load_checkpoint, load_model, save_checkpoint
+from fused import fuse, join
+from models import (
+    load_checkpoint,
+    load_model,
+    recompute_activations,
+    save_checkpoint,
+    trained,
+)
 from sample import check_sampling
 from sft import builtin_model, builtin_tokenizer
 
@@ -42,7 +48,7 @@ LORA = ["--lora", "4", "--lr", "0.02"]
 
 
 def adapters(model):
-    return [weight for weight in model.parameters() if weight.requires_grad]
+    return list(trained(model).values())
 
 
 def noisy(model, by=0.05):
@@ -103,7 +109,9 @@ def test_the_gradient_of_adapters_is_exactly_that_of_the_equation(stage):
 @pytest.mark.parametrize("settings", [{}, {"recompute": 1}, {"micro_tokens": 200}])
 def test_an_update_follows_the_full_gradient_by_the_chain_rule(learner, episodes, settings):  # noqa: F811
     """Of W + s B A: the gradient is s G Aᵀ for B, and s Bᵀ G for A."""
-    mine = gradient_of_adapters(learner, episodes, settings)
+    if "recompute" in settings:
+        recompute_activations(learner.policy)
+    mine, _ = gradient(learner, episodes, "2", **settings)
     whole = copy.deepcopy(learner.policy)
     layers = dict(whole.named_modules())
     scale, pairs = lora.SCALE / 4, {}
@@ -129,14 +137,6 @@ def test_an_update_follows_the_full_gradient_by_the_chain_rule(learner, episodes
         torch.testing.assert_close(one, two, rtol=0, atol=1e-4 * float(size))
 
 
-def gradient_of_adapters(learner, episodes, settings):  # noqa: F811
-    cfg = Config(**{**vars(learner.cfg), "clip": 1e9, **settings})
-    twin = make_learner(copy.deepcopy(learner.policy), learner.ref, learner.chat, cfg)
-    twin.optimizer = Recorder(adapters(twin.policy))
-    update(twin, episodes, STAGES["2"], cfg.beta2)
-    return twin.optimizer.gradient
-
-
 # --- 2. One copy of the weights -------------------------------------------------------------------
 
 
@@ -151,6 +151,16 @@ def test_policy_and_reference_share_their_weights_and_only_adapters_move(learner
     assert all(not torch.equal(a, b) for a, b in moved)
     optimized = learner.optimizer.param_groups[0]["params"]
     assert list(map(id, optimized)) == list(map(id, adapters(learner.policy)))
+
+
+def test_a_copy_after_a_rollout_makes_no_second_copy_of_the_weights(learner, episodes):  # noqa: F811
+    join(learner.ref)  # as a rollout does
+    own = {weight.untyped_storage().data_ptr() for weight in learner.ref.parameters()}
+    again = lora.with_adapters(learner.ref, 4, seed=0)
+    held = [layer.joined for layer in again.modules() if hasattr(layer, "joined")]
+    assert held == [None] * 4
+    frozen = [weight for weight in again.parameters() if not weight.requires_grad]
+    assert {weight.untyped_storage().data_ptr() for weight in frozen} == own
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
@@ -169,12 +179,7 @@ def test_new_adapters_are_float32_and_leave_the_kl_at_exactly_0(precision, chat,
 
 
 def test_sampled_log_probs_of_adapters_equal_the_scored_ones(learner, episodes):  # noqa: F811
-    tokens, own, _, places = collated(learner, episodes)
-    logp, kl = score.log_probs_and_kl(learner, tokens, places)
-    for row, episode in enumerate(episodes):
-        for number, attempt in enumerate(episode.attempts, start=1):
-            mine = logp[row][own[row] == number]
-            torch.testing.assert_close(mine, torch.tensor(attempt.logp), rtol=0, atol=1e-4)
+    kl = assert_scored_as_sampled(learner, episodes, gap=1e-4)
     assert kl.max() > 1e-3
 
 
@@ -254,18 +259,7 @@ def test_an_interrupted_run_with_adapters_goes_on_bit_for_bit(
 ):
     flags = ["--model", checkpoint, *SMALL, "--steps1", 3, "--steps2", 3, "--stage", plan, *LORA]
     flags += ["--attempts", 3] if "1b" in plan else []
-    assert run_score(*flags, "--out", tmp_path / "whole") == 0
-    out = tmp_path / "stopped"
-    with monkeypatch.context() as patch:
-
-        def interrupt():
-            raise RuntimeError("a bug, or a full disk")
-
-        interrupt_at(patch, 5, interrupt)  # within the second stage, after a save
-        with pytest.raises(RuntimeError):
-            run_score(*flags, "--out", out)
-    assert run_score("--resume", "--out", out) == 0
-    assert_equal(tree(out), tree(tmp_path / "whole"))
+    assert_goes_on_as_if_never_interrupted(flags, (5,), tmp_path, monkeypatch)
 
 
 def test_stage_1b_is_held_at_the_adapters_of_stage_1a(checkpoint, tmp_path, monkeypatch):
@@ -352,6 +346,7 @@ def test_new_adapters_are_the_same_for_a_seed(model):
         (["--init", "stranger", "--lora", "4"], "neither the base model"),
         (["--init", "another", "--lora", "4"], "neither the base model"),
         (["--init", "cut", "--lora", "4"], "cut cannot be loaded"),
+        (["--init", "torn", "--lora", "4"], "torn/adapter_config.json cannot be read"),
         (["--init", "narrow", "--lora", "4"], "adapters for another model"),
         (["--init", "homeless", "--lora", "4"], "/no/base"),
         (["--init", "no/such", "--lora", "4"], "no/such"),
@@ -366,9 +361,10 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     save_checkpoint(tmp_path / "another", builtin_model(tokenizer, 1), tokenizer)
     other = load_model("another")
     save_checkpoint(tmp_path / "stranger", lora.with_adapters(other, 4, seed=0), tokenizer)
-    for name in ("cut", "narrow", "homeless"):
+    for name in ("cut", "torn", "narrow", "homeless"):
         shutil.copytree("adapters", name)
     (tmp_path / "cut" / "adapter_model.safetensors").write_bytes(b"no weights")
+    (tmp_path / "torn" / "adapter_config.json").write_text("{")
     record = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
     fewer = {**record, "target_modules": ["q_proj"]}
     (tmp_path / "narrow" / "adapter_config.json").write_text(json.dumps(fewer))

@@ -13,6 +13,7 @@ import torch
 from conftest import read_state
 from gemma import FILES, fitted_checkpoint
 from test_runs import assert_equal, interrupt_at, run_score, signals, tree  # noqa: F401
+from test_score import assert_scored_as_sampled
 
 import eval as evaluation
 import models
@@ -135,13 +136,7 @@ def episodes_of(learner):
 def test_sampled_log_probs_equal_the_scored_ones(small_gemma, precision, gap, temperature):
     learner = make_learner(small_gemma, precision, temperature=temperature)
     episodes = episodes_of(learner)
-    rows = [transcript(episode, learner.chat) for episode in episodes]
-    tokens, own, _, places = collate(rows, "cpu")
-    logp, kl = score.log_probs_and_kl(learner, tokens, places)
-    for row, episode in enumerate(episodes):
-        for number, attempt in enumerate(episode.attempts, start=1):
-            mine = logp[row][own[row] == number]
-            torch.testing.assert_close(mine, torch.tensor(attempt.logp), rtol=0, atol=gap)
+    kl = assert_scored_as_sampled(learner, episodes, gap)
     assert kl.abs().max() == 0
 
 

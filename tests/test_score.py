@@ -9,7 +9,7 @@ import torch
 from conftest import make_model
 
 import score
-from models import adam
+from models import adam, trained
 from sample import Attempt, Sampling, collate, rollout, transcript
 from score import (
     STAGES,
@@ -253,7 +253,7 @@ def gradient(learner, episodes, stage, **settings):
     """The gradient that `update` would follow, by parameter; the policy stays as it is."""
     cfg = replace(learner.cfg, clip=1e9, **settings)
     twin = make_learner(copy.deepcopy(learner.policy), learner.ref, learner.chat, cfg)
-    twin.optimizer = Recorder(twin.policy.parameters())
+    twin.optimizer = Recorder(trained(twin.policy).values())
     metrics = update(twin, episodes, STAGES[stage], cfg.beta2)
     return twin.optimizer.gradient, metrics
 
@@ -282,14 +282,20 @@ def test_an_update_of_single_turn_rl_follows_r1_and_not_r2(learner, episodes):
 
 
 def test_sampled_log_probs_equal_the_scored_ones_for_both_attempts(learner, episodes):
-    tokens, own, _, places = collated(learner, episodes)
-    logp, _ = score.log_probs_and_kl(learner, tokens, places)
     lengths = {len(y.tokens) for e in episodes for y in e.attempts}
     assert len(lengths) > 3 and any(not y.finished for e in episodes for y in e.attempts)
+    assert_scored_as_sampled(learner, episodes, gap=1e-4)
+
+
+def assert_scored_as_sampled(learner, episodes, gap):
+    """The log-probs of both attempts, to the gap; returns the KL of all tokens."""
+    tokens, own, _, places = collated(learner, episodes)
+    logp, kl = score.log_probs_and_kl(learner, tokens, places)
     for row, episode in enumerate(episodes):
         for number, attempt in enumerate(episode.attempts, start=1):
             mine = logp[row][own[row] == number]
-            torch.testing.assert_close(mine, torch.tensor(attempt.logp), rtol=0, atol=1e-4)
+            torch.testing.assert_close(mine, torch.tensor(attempt.logp), rtol=0, atol=gap)
+    return kl
 
 
 def test_the_kl_is_zero_on_every_token_while_the_policy_is_the_reference(learner, episodes):
