@@ -276,7 +276,15 @@ def parse_train_flags(words: str, argv: list[str] | None = None) -> dict:
                 kind = {"action": "store_true"}
             group.add_argument(as_flag(item.name), default=argparse.SUPPRESS, help=text, **kind)
     assert not known, f"in no group: {known}"
-    return vars(parser.parse_args(argv))
+    return parsed(parser, argv)
+
+
+def parsed(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict:
+    """Flags by name; InputError for an empty text, such as of an unset shell variable."""
+    typed = vars(parser.parse_args(argv))
+    for name in (name for name, value in typed.items() if value == "" and name != "repair"):
+        raise InputError(f"{as_flag(name)} is empty: give it a value, or leave it out")
+    return typed
 
 
 def parse_eval_flags(words: str, argv: list[str] | None = None) -> argparse.Namespace:
@@ -322,8 +330,10 @@ def parse_eval_flags(words: str, argv: list[str] | None = None) -> argparse.Name
     files.add_argument("--report", type=Path, nargs="+", metavar="FOLDER", help=words)
     words = "draw the pictures of a run or an evaluation"
     files.add_argument("--plot", type=Path, metavar="FOLDER", help=words)
-    typed = vars(parser.parse_args(argv))
+    typed = parsed(parser, argv)
     of_run = settings_of_run(typed["model"], typed.get("task"))
+    if typed["model"] and not typed.get("task") and not of_run:
+        raise InputError(f"--model {typed['model']} is in no run folder: name a --task")
     known = find_task(typed.get("task") or of_run.get("task", Config.task))
     usual = {name: getattr(Config, name) for name in ("task", *SHARED)}
     usual |= {name: getattr(known, name) for name in ATTEMPT_FLAGS}

@@ -370,7 +370,7 @@ def read_folder(
     """
     kinds = ", ".join(pattern[1:] for pattern in files)
     if not folder.is_dir():
-        raise InputError(f"--data {folder} is no folder: name one with {kinds} files")
+        raise InputError(f"--data {folder} is no folder: name the one that holds the {kinds} files")
     found = {}
     for key, parts in names.items():
         paths = sorted(path for pattern in files for path in folder.glob(pattern))
@@ -388,7 +388,10 @@ def read_folder(
 def read_table(path: Path, texts: dict[str, bool]) -> list[dict]:
     """The rows of a JSONL, CSV or Parquet file; InputError for one that cannot be read."""
     if path.suffix == ".csv":
-        rows = list(csv.DictReader(read_text(path).splitlines(keepends=True), restkey=""))
+        rows = csv.DictReader(read_text(path).splitlines(keepends=True), restkey="")
+        if len(names := rows.fieldnames or ()) == 1:
+            raise InputError(f"{path} has one column, {names[0]!r:.60}: put commas between columns")
+        rows = list(rows)
         for number, row in enumerate(rows, start=1):
             if "" in row or None in row.values():
                 raise InputError(

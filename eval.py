@@ -172,8 +172,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with ranks.process_group(), disk_errors_explained():
             args = ranks.on_all_ranks(parse_eval_flags, __doc__, argv)
-            if args.as_in_run:
-                print(f"asked as in the run:{as_words(args.as_in_run)}", file=sys.stderr)
+            unused = ("problems", "rows") if args.ask else ()
+            settings = {name: x for name, x in args.as_in_run.items() if name not in unused}
+            if settings:
+                print(f"asked as in the run:{as_words(settings)}", file=sys.stderr)
             if args.plot or args.report:
                 draw = partial(figures.draw, args.plot) if args.plot else partial(write, args)
                 print(f"wrote {ranks.on_all_ranks(draw)}")

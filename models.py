@@ -108,7 +108,7 @@ def check_name(name: str) -> None:
     folder = Path(name)
     if not folder.exists():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise InputError(f"{name} does not exist: was it moved? Name a checkpoint folder")
+            raise InputError(f"there is no checkpoint folder {name}: correct --model or --init")
         if not ranks.rank():
             print(f"{name} is no folder here: asking the Hugging Face hub", file=sys.stderr)
     elif not (folder / "config.json").exists() or (folder / "metrics.jsonl").exists():

@@ -486,9 +486,11 @@ def raise_alarms(lines: list[dict], base: dict, progress: Progress, fresh: bool)
 
     base: metrics of the base model, sampled. fresh: the policy began as a copy of the base.
     """
-    window = lines[-min(ALARM_STEPS, progress.step) :]
-    full = len(window) == ALARM_STEPS
+    window, first = lines[-min(ALARM_STEPS, progress.step) :], fresh and len(lines) == 1
+    full = first or len(window) == ALARM_STEPS
     mean = {key: sum(line[key] for line in window) / len(window) for key in ALARM_METRICS}
+    if first:  # the policy still is the base model, which attempted more problems
+        mean |= {key: base[key] for key in ALARM_METRICS if key in base}
     fell = mean["acc_t1"] < base["acc_t1"] - 0.05 and mean["acc_t2"] > base["acc_t2"]
     unpaid = mean["acc_t1"] + mean["acc_t2"] == 0 or mean["unreadable"] > 0.95
     collapsed = mean["copied"] > max(0.95, base["copied"]) and not unpaid

@@ -206,9 +206,14 @@ def askable(problems, model, chat: Chat, sampling: Sampling) -> tuple[list[Probl
     kept = [problem for problem, fit in zip(problems, fits, strict=True) if fit]
     if len(kept) < len(problems):
         skipped = len(problems) - len(kept)
-        print(f"skipped {skipped} of {len(problems)} problems: too long a prompt", file=sys.stderr)
+        words = f"problems, whose attempts may need more than the model's {positions} tokens"
+        print(f"skipped {skipped} of {len(problems)} {words}", file=sys.stderr)
     if not kept:
-        raise InputError("no problem leaves room for the attempts: lower --max-new-tokens")
+        raise InputError(
+            f"--max-new-tokens {sampling.max_new_tokens} is too many: the shortest prompt and "
+            f"{sampling.attempts} attempts are {min(lengths) + room} tokens, and the model takes "
+            f"{positions}"
+        )
     return kept, room + max(n for n, fit in zip(lengths, fits, strict=True) if fit)
 
 

@@ -364,19 +364,21 @@ def train(learner: Learner, run: Run, progress: Progress) -> None:
         episodes, metrics = leave_stage(learner, run.folder / stage.folder)
         write_held_out(run, stage.folder, episodes)
         run.write_results(stage.folder, metrics)
-        print(first_correction(episodes, stage.folder))
+        print(first_correction(episodes, metrics, stage.folder))
         progress.index, progress.step, progress.best = progress.index + 1, 0, -1.0
         progress.beta2 = cfg.beta2
         if progress.index < len(learner.plan):  # else the last step stays saved, to train longer
             save_training(learner, run, progress)
 
 
-def first_correction(episodes: list[Episode], name: str) -> str:
+def first_correction(episodes: list[Episode], metrics: dict, name: str) -> str:
     """The first episode whose attempt 1 is wrong and attempt 2 right, as lines to read."""
     found = (e for e in episodes if e.attempts[1].reward > e.attempts[0].reward)
     corrected = next(found, None)
     if corrected is None:
-        return f"{name} corrects no held-out problem"
+        cut_off, silent = metrics["cut_off"], metrics["unreadable"]
+        shares = f"{cut_off:.0%} of its attempts are cut off, {silent:.0%} state no answer"
+        return f"{name} corrects no held-out problem: {shares}"
     return f"{name} corrects, on a held-out problem:\n{as_text(corrected).rstrip()}"
 
 

@@ -13,7 +13,7 @@ from gemma import FILES, gemma_model, gemma_tokenizer
 import eval as evaluation
 import score
 from config import parse_eval_flags
-from data import Problem
+from data import InputError, Problem
 from eval import compare_votes, vote, votes_table
 from models import load_checkpoint, save_checkpoint
 from sample import Attempt, Episode, Sampling, rollout
@@ -21,7 +21,7 @@ from tasks import CODE_FEEDBACK, MATH_FEEDBACK, MATH_REFINE, load_problems, read
 
 
 def run_eval(*flags):
-    return evaluation.main([str(flag) for flag in flags])
+    return evaluation.main(["--task", "sums", *map(str, flags)])
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,10 @@ def test_a_checkpoint_is_asked_as_in_its_run_unless_other_is_typed(checkpoint, t
         args = parse_eval_flags("", ["--model", str(out / "base"), flag, value])
         assert args.problems == problems
     (out / "config.json").write_text("{damaged")
-    assert parse_eval_flags("", ["--model", str(out / "base")]).problems == 2000
+    with pytest.raises(InputError, match=r"base is in no run folder: name a --task"):
+        parse_eval_flags("", ["--model", str(out / "base")])
+    given = ["--model", str(out / "base"), "--task", "sums"]
+    assert parse_eval_flags("", given).problems == 2000
 
 
 def test_an_evaluation_goes_into_no_other_folder(checkpoint, tmp_path, capsys):
@@ -92,7 +95,8 @@ def test_an_interval_is_never_minus_zero(checkpoint, monkeypatch, capsys):
 
 
 def test_nobody_needs_to_read_on(checkpoint, tmp_path):
-    command = [sys.executable, evaluation.__file__, "--model", checkpoint, "--problems", "2"]
+    command = [sys.executable, evaluation.__file__, "--model", checkpoint]
+    command += ["--task", "sums", "--problems", "2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     _, said = process.communicate()
@@ -207,7 +211,7 @@ def test_both_get_the_same_budget_and_corrections_follow_the_first_attempts():
 
 def test_the_command_prints_what_it_writes_and_draws_it(checkpoint, tmp_path, capsys):
     asked = ["--model", checkpoint, "--problems", 4, "--samples", 3, "--out", tmp_path / "votes"]
-    assert evaluation.main(list(map(str, asked))) == 0
+    assert run_eval(*asked) == 0
     printed = capsys.readouterr().out
     record = json.loads((tmp_path / "votes" / "scaling.json").read_text())
     assert [line["budget"] for line in record["lines"]] == [2, 4, 6]
@@ -222,7 +226,7 @@ def test_the_command_prints_what_it_writes_and_draws_it(checkpoint, tmp_path, ca
 )
 def test_bad_samples_are_one_sentence(flags, checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert evaluation.main(["--model", str(checkpoint), *flags]) == 2
+    assert run_eval("--model", checkpoint, *flags) == 2
     assert "eval.py: --samples must be 1 or more" in capsys.readouterr().err
 
 

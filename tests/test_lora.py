@@ -230,7 +230,7 @@ def test_a_checkpoint_of_adapters_loads_in_peft_and_in_eval_and_can_be_merged(
         assert (base(tokens).logits - logits).abs().max() > 1e-3
     for model in (stage, tmp_path / "merged"):
         out = tmp_path / f"eval of {model.name}"
-        flags = ["--model", str(model), "--problems", "8", "--out", str(out)]
+        flags = ["--task", "sums", "--model", str(model), "--problems", "8", "--out", str(out)]
         assert evaluation.main(flags) == 0
         metrics = json.loads((out / "metrics.json").read_text())["metrics"]
         assert metrics == pytest.approx(tree(finished)["results"]["stage2"])

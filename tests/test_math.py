@@ -203,7 +203,7 @@ def test_rows_side_by_side_do_not_change_what_is_sampled(small_gemma):
         (["--data", "empty"], "empty needs one file (.jsonl, .jsonl.gz) with train in its name"),
         (["--data", "torn"], "line 2"),
         (["--data", "clash"], "in training and in test"),
-        (["--data", ""], "name a folder of files with --data"),
+        ([], "name a folder of files with --data"),
         (["--model", "builtin"], "--model builtin can only add"),
         (["--model", "no/such"], "no/such"),
         (["--data", "numbers"], "numbers/train.jsonl, line 1"),
@@ -230,8 +230,8 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     for name in ("numbers", "void", "squashed"):
         Path(name, "test.jsonl").write_text(train)
     before = sorted(tmp_path.rglob("*"))
-    given = ["--model", small_gemma, *FAST, *flags]
-    assert run_score(*given, "--out", "run") == 2
+    rest = FAST[4:] if not flags else FAST[2:]  # without --data: from the hub
+    assert run_score("--task", "math", "--model", small_gemma, *rest, *flags, "--out", "run") == 2
     message = capsys.readouterr().err
     assert words in message and "Traceback" not in message
     assert (
@@ -245,6 +245,6 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
         == 1
     )
     assert sorted(tmp_path.rglob("*")) == before
-    if flags[0] == "--data":
+    if not flags or flags[0] == "--data":
         assert evaluation.main(["--model", str(small_gemma), "--task", "math", *flags]) == 2
         assert words in capsys.readouterr().err

@@ -185,6 +185,10 @@ def test_a_comma_outside_of_quotes_is_told(folder):
     (folder / "test.csv").write_text("question,answer\n2?,2")
     with pytest.raises(InputError, match=r"train.csv, row 2 has not as many cells.*quotes.*USA"):
         load_problems("answers", "train", data=str(folder))
+    (folder / "train.csv").write_text("question;answer\n1?;1")
+    own_problems.cache_clear()
+    with pytest.raises(InputError, match=r"train.csv has one column, 'question;answer': put"):
+        load_problems("answers", "train", data=str(folder))
 
 
 def test_an_answer_that_is_no_mathematics_is_right_to_the_letter(folder, capsys):

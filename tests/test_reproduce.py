@@ -287,7 +287,9 @@ def test_a_run_that_fails_is_named_with_its_log(tmp_path, capsys):
     assert reproduce.main(flags) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert f"score 0 ended with status 2, see {tmp_path}/grid/seed-0/score.log" in message
-    assert message.endswith("nowhere is no folder: name one with .jsonl, .jsonl.gz files")
+    assert message.endswith(
+        "nowhere is no folder: name the one that holds the .jsonl, .jsonl.gz files"
+    )
 
 
 @pytest.mark.parametrize(

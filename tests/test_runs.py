@@ -317,8 +317,9 @@ def test_the_control_starts_from_the_base_with_init(checkpoint, tmp_path):
         (["--init", "empty"], "no config.json"),
         (["--model", "empty"], "no config.json"),
         (["--model", "no/such"], "no/such"),
-        (["--model", "/no/such"], "/no/such does not exist: was it moved?"),
-        (["--init", "runs/no/such"], "runs/no/such does not exist"),
+        (["--model", "/no/such"], "there is no checkpoint folder /no/such: correct --model"),
+        (["--init", "runs/no/such"], "there is no checkpoint folder runs/no/such"),
+        (["--init", ""], "--init is empty: give it a value, or leave it out"),
         (["--precision", "int4"], "--precision int4"),
         (["--recompute", "2"], "--recompute 2"),
         (["--temperature", "0"], "--temperature"),
@@ -326,7 +327,10 @@ def test_the_control_starts_from_the_base_with_init(checkpoint, tmp_path):
         (["--model", "torn"], "torn"),
         (["--model", "half"], "weights are missing"),
         (["--init", "wide"], "another architecture"),
-        (["--max-new-tokens", "200"], "lower --max-new-tokens"),
+        (
+            ["--max-new-tokens", "200"],
+            "--max-new-tokens 200 is too many: the shortest prompt and 2 attempts are",
+        ),
         (["--out", "a file"], "a file"),
         (["--resume"], "no run to resume"),
         (["--unknown", "1"], "--unknown"),
@@ -543,7 +547,7 @@ def test_a_run_goes_on_from_another_folder_and_with_a_base_that_was_moved(
         assert run_score("--resume", "--out", start / "run") == 130
     (start / "base model").rename(elsewhere / "moved")
     assert run_score("--resume", "--out", start / "run") == 2
-    assert "was it moved?" in capsys.readouterr().err
+    assert "there is no checkpoint folder" in capsys.readouterr().err
     save_checkpoint(elsewhere / "other", builtin_model(builtin_tokenizer(), 1), builtin_tokenizer())
     assert run_score("--resume", "--out", start / "run", "--model", "other") == 2
     assert "other weights than the base of the run" in capsys.readouterr().err
@@ -663,6 +667,19 @@ def test_an_alarm_is_raised_once(metrics, word, capsys):
     assert [text.split(":")[0] for text in raised] == ([word] if word else [])
     assert raise_alarms(lines, base, progress, fresh=True) == []
     assert (word or "alarm") in capsys.readouterr().out or not word
+
+
+@pytest.mark.parametrize(
+    ("metrics", "word"),
+    [({"unreadable": 0.97}, "no reward"), ({"cut_off": 0.2}, "cut off"), ({"copied": 1.0}, None)],
+)
+def test_a_base_model_that_cannot_learn_is_an_alarm_at_the_first_step(metrics, word):
+    base = {"acc_t1": 0.5, "acc_t2": 0.5, "copied": 0.9, "cut_off": 0.0, "unreadable": 0.0}
+    base |= metrics
+    raised = raise_alarms([line(0)], base, Progress(step=1), fresh=True)
+    assert [text.split(":")[0] for text in raised] == ([word] if word else [])
+    assert raise_alarms([line(0)], base, Progress(step=1), fresh=False) == []  # begun elsewhere
+    assert raise_alarms([line(0), line(1)], base, Progress(step=2), fresh=True) == []
 
 
 def test_a_kl_at_step_0_is_an_alarm_unless_the_policy_began_elsewhere():

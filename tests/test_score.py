@@ -524,11 +524,15 @@ def test_the_correction_that_is_shown_is_one():
     right = Attempt([1], [0.0], "no 8 0 1", "8 0 1", True, 1.0)
     kinds = [(wrong, wrong), (right, right), (right, wrong)]
     others = [score.Episode(problem, [1], pair) for pair in kinds]
-    shown = score.first_correction([*others, score.Episode(problem, [1], (wrong, right))], "stage2")
+    shares = {"cut_off": 0.25, "unreadable": 0.02}
+    corrected = score.Episode(problem, [1], (wrong, right))
+    shown = score.first_correction([*others, corrected], shares, "stage2")
     assert shown.splitlines() == [
         "stage2 corrects, on a held-out problem:",
         "  problem    2+5 9+0 3+8 =   (answer: 8 0 1)",
         "  attempt 1  fast 7 9 1   wrong",
         "  attempt 2  no 8 0 1   right",
     ]
-    assert score.first_correction(others, "stage2") == "stage2 corrects no held-out problem"
+    assert score.first_correction(others, shares, "stage2") == (
+        "stage2 corrects no held-out problem: 25% of its attempts are cut off, 2% state no answer"
+    )
