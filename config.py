@@ -332,12 +332,11 @@ def parse_eval_flags(words: str, argv: list[str] | None = None) -> argparse.Name
     files.add_argument("--plot", type=Path, metavar="FOLDER", help=words)
     typed = parsed(parser, argv)
     of_run = settings_of_run(typed["model"], typed.get("task"))
-    if typed["model"] and not typed.get("task") and not of_run:
-        raise InputError(f"--model {typed['model']} is in no run folder: name a --task")
     known = find_task(typed.get("task") or of_run.get("task", Config.task))
     usual = {name: getattr(Config, name) for name in ("task", *SHARED)}
     usual |= {name: getattr(known, name) for name in ATTEMPT_FLAGS}
     args = argparse.Namespace(**{**usual, **of_run, **typed})
+    args.task_known = "task" in typed or "task" in of_run
     args.as_in_run = {
         name: x for name, x in of_run.items() if x not in (usual[name], typed.get(name))
     }

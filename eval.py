@@ -37,10 +37,11 @@ from functools import partial
 from pathlib import Path
 
 import figures
+import models
 import ranks
 import report
 from data import InputError, Problem, read_jsonl
-from lora import base_of, load_checkpoint
+from lora import base_of, load_checkpoint, whole_of
 from metrics import as_table, by_group, evaluate, intervals, measure
 from runs import as_words, disk_errors_explained, locked, read_json, write_atomically
 from sample import Attempt, Episode, Sampling, askable, check_sampling, rollout
@@ -220,7 +221,7 @@ def prepare(args: Namespace) -> tuple[list[Problem], Path, dict[str, str]]:
     check_flags(args)
     data = {"data": args.data, "columns": args.columns}
     problems = load_problems(args.task, args.split, args.problems, **data)
-    no_settings = ("out", "plot", "rows", "report", "ask", "as_in_run")
+    no_settings = ("out", "plot", "rows", "report", "ask", "as_in_run", "task_known")
     given = {key: value for key, value in vars(args).items() if key not in no_settings}
     settings = {key: str(value) for key, value in with_absolute_paths(given).items()}
     kinds = {
@@ -248,6 +249,11 @@ def prepare(args: Namespace) -> tuple[list[Problem], Path, dict[str, str]]:
 
 def check_flags(args: Namespace) -> None:
     """Raise InputError for a flag that cannot work."""
+    if not args.model:
+        raise InputError("--model is missing: name a checkpoint folder, or a run with --report")
+    if not args.task_known:
+        models.check_name(whole_of(args.model))
+        raise InputError(f"--model {args.model} is in no run folder: name its --task")
     check_task(args.task, data=args.data, columns=args.columns)
     if args.split not in find_task(args.task).splits:
         splits = " or ".join(find_task(args.task).splits)
@@ -256,8 +262,6 @@ def check_flags(args: Namespace) -> None:
     for name in ("attempts", "problems", "max_new_tokens", "rows"):
         if getattr(args, name) < 1:
             raise InputError(f"{as_flag(name)} must be 1 or more")
-    if not args.model:
-        raise InputError("--model is missing: name a checkpoint folder, or a run with --report")
     if args.temperature != 0 and not args.temperature >= COLDEST:
         raise InputError(f"--temperature {args.temperature} must be 0 or at least {COLDEST}")
     two_own_attempts = args.repair is None and args.attempts == 2

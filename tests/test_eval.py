@@ -13,7 +13,7 @@ from gemma import FILES, gemma_model, gemma_tokenizer
 import eval as evaluation
 import score
 from config import parse_eval_flags
-from data import InputError, Problem
+from data import Problem
 from eval import compare_votes, vote, votes_table
 from models import load_checkpoint, save_checkpoint
 from sample import Attempt, Episode, Sampling, rollout
@@ -74,8 +74,10 @@ def test_a_checkpoint_is_asked_as_in_its_run_unless_other_is_typed(checkpoint, t
         args = parse_eval_flags("", ["--model", str(out / "base"), flag, value])
         assert args.problems == problems
     (out / "config.json").write_text("{damaged")
-    with pytest.raises(InputError, match=r"base is in no run folder: name a --task"):
-        parse_eval_flags("", ["--model", str(out / "base")])
+    assert evaluation.main(["--model", str(out / "stage1")]) == 2
+    assert "stage1 is in no run folder: name its --task" in capsys.readouterr().err
+    assert evaluation.main(["--model", "runs/gone/stage2"]) == 2
+    assert "there is no checkpoint folder runs/gone/stage2" in capsys.readouterr().err
     given = ["--model", str(out / "base"), "--task", "sums"]
     assert parse_eval_flags("", given).problems == 2000
 
