@@ -1,13 +1,14 @@
-r"""Is it right? One number for an attempt: 1.0 or 0.0, never a share and never for the format.
+r"""Is it right? An attempt gets 1.0 or 0.0, nothing in between, and nothing for its format.
 
-    attempt ── final_answer ──▶ "\frac{2}{4}" ── same_answer ──▶ right, if the gold answer is 1/2
+    attempt ── final_answer ──▶ "\frac{2}{4}" ── same_answer ──▶ right, if the true answer is 1/2
     attempt ── program_of ──▶ "def f(x): .." ── sandbox.run_many ──▶ right, if it passes all tests
 
-`final_answer` finds what an attempt at a MATH problem claims; `same_answer` reads that and the gold
-answer into a structure (a list, an interval, an equation, a word ...) of values and compares them.
-What cannot be read is wrong, and so are two answers where one is asked for: the policy is paid for
-whatever this file accepts, and will find it. No function here has state, and none raises over what
-an attempt says. A cut-off attempt is judged like any other. Next to read: checkers/answers.py.
+`final_answer` finds the answer that an attempt at a MATH problem states. `same_answer` reads it and
+the true answer into structures (a list, an interval, an equation, a word ...) of values, and
+compares them. What cannot be read is wrong. Two answers where one is asked for are wrong, too. The
+checks are strict because the policy is paid for whatever this file accepts: it will find each gap.
+No function here keeps state, and no attempt can make one raise an error. A cut-off attempt is
+judged like any other. Next to read: checkers/answers.py.
 """
 
 import ast
@@ -26,21 +27,22 @@ from data import InputError, Problem, boxes, preamble
 
 
 def sums_answer(attempt: str) -> str | None:
-    """The digits of an attempt at a sum, after a word at most; None if it is anything else."""
+    """The digits of an attempt at a sum; `fast`, `slow` or `no` may come first. Else None."""
     found = re.fullmatch(r"(?:(?:fast|slow|no) )?(\d(?: \d)*)", attempt)
     return found[1] if found else None
 
 
 # --- 2. MATH -----------------------------------------------------------------------------------
 
-TAIL, LONGEST = 20_000, 600  # characters: where a final answer is looked for, and its length
+TAIL, LONGEST = 20_000, 600  # characters: the end of an attempt that is read; of an answer, at most
 
 
 def is_right(stated: str, answer: str, question: str = "") -> bool:
-    """Is a stated answer the gold `answer`, and no formula of the question in another spelling?
+    """Is the stated answer the true `answer`, and not a formula of the question in other spelling?
 
-    NOT IN PAPER, as is all of this checker. A number, a word and what is spelt as the answer is may
-    well stand in the question. An equation or inequality of the question has to be solved.
+    NOT IN PAPER, like all of this checker. The question may contain the answer if that is a number
+    or a word, or if it is spelt there as the true answer is. An equation or inequality of the
+    question must be solved if the true answer is solved.
     """
     if not same_answer(stated, answer):
         return False
@@ -53,7 +55,7 @@ def is_right(stated: str, answer: str, question: str = "") -> bool:
 
 
 def math_reward(attempt: str, answer: str, question: str = "") -> float:
-    """r̂(y, y*): 1.0 if the final answer of an attempt is the gold `answer`, else 0.0."""
+    """r̂(y, y*): 1.0 if the final answer of an attempt is the true `answer`, else 0.0."""
     stated = final_answer(attempt)
     return float(stated is not None and is_right(stated, answer, question))
 
@@ -65,7 +67,7 @@ HEDGES = TWISTS.union(NUMERALS, ["or"]) - set("all to than if when one base".spl
 FORMULA = r"(-?(?:\$\$.+?\$\$|\$(?:\\.|[^$\\])+\$|\\\(.+?\\\)|\\\[.+?\\\]))"
 DELIMITERS = re.compile(r"(-?)(?:\$\$?|\\[(\[])(.+?)(?:(?<!\\)\$\$?|\\[)\]])", re.DOTALL)
 CALCULATION = re.compile(rf"(?:[^A-Za-z\\]|(?!{GREEK.pattern})\\(?:[a-z]+(?![A-Za-z])|\W))+")
-# What makes another value of what stands in a box.
+# What changes the value of a box if it stands before or after it; such a box is not read.
 BEFORE = re.compile(r"(?:(?:\A|[=$(])\s*-|\^|\\neq?\s*|≠\s*|\\sqrt\s*\{\s*)\Z")
 AFTER = re.compile(r"\s*(?:!(?!\s)|\^(?!\s*\{?\s*\\circ))")
 BARE = r"([-−]?(?:\\?\$)?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?!\w))"
@@ -88,10 +90,10 @@ CLAUSE = re.compile(
 
 
 def final_answer(text: str) -> str | None:
-    r"""What an attempt claims, None if that cannot be found.
+    r"""The answer that an attempt states, None if there is none.
 
-    It is its last balanced \boxed{..} or \fbox{..}, or its last "The final answer is $..$" (the
-    form the paper's prompt asks for) or "Final answer: $..$" where that comes later.
+    It is in the last balanced \boxed{..} or \fbox{..}. If "The final answer is $..$" (the form that
+    the paper's prompt asks for) or "Final answer: $..$" comes later, the last of these counts.
     """
     text = text[-TAIL:]
     box, start, end = (boxes(text) or [(None, 0, 0)])[-1]
@@ -103,7 +105,11 @@ def final_answer(text: str) -> str | None:
 
 
 def result_of(stated: str) -> str:
-    """42 of 6 · 7 = 42: the last side, if all are the same or, as gcd(4, 6), cannot be read."""
+    """The result of a calculation: 42 for 6 · 7 = 42. Any other answer stays as it is.
+
+    The last side is the result if all other sides equal it. It is the result, too, if all other
+    sides are calculations that cannot be read, such as gcd(4, 6).
+    """
     *sides, last = re.split(r"(?<![<>!:])=", stated)
     if not sides or PLAIN.fullmatch(sides[0]):
         return stated
@@ -112,7 +118,7 @@ def result_of(stated: str) -> str:
 
 
 def stated_in(sentence: re.Match, text: str) -> str | None:
-    """The formulas of a sentence, and the unit behind; None if something else is said there."""
+    """The formulas of a sentence and their unit; None if its other words may change the answer."""
     formulas, end, joint = [next(filter(None, sentence.groups()))], sentence.end(), ", "
     while sentence[1] and (more := MORE.match(text, end)):
         formulas, end = [*formulas, more[2]], more.end()
@@ -135,22 +141,23 @@ def stated_in(sentence: re.Match, text: str) -> str | None:
 
 
 def same_answer(prediction: str, gold: str) -> bool:
-    """Is the prediction the gold answer? Both as in a box: LaTeX or ASCII, up to 600 characters.
+    """Is the prediction the gold answer? Both are LaTeX or ASCII, of up to 600 characters.
 
-    Equal numbers and functions are equal, rounded ones are not. Lists have no order, tuples do.
-    Units, percent, degree and dollar signs may be there or not; a number's base may not be left
-    out. What is no answer (empty, 1/0, 0 = 0) is never right, not even against itself.
+    Numbers and functions are compared by value, and a rounded number is another value. Order counts
+    in a tuple, but not in a list. Units and the signs of percent, degree and dollar may be left
+    out, but not the base of a number. What is no answer (empty, 1/0, 0 = 0) is never right, not
+    even where the gold answer is the same text.
     """
     if max(len(prediction), len(gold)) > LONGEST:
         return False
     try:
         return same(*(read_answer(text) for text in (prediction, gold)))
-    except Exception:  # Unreadable, or what else a text may provoke: it shall not end the run
+    except Exception:  # Unreadable, or any other error: no text may end the run
         return False
 
 
 def same_text(prediction: str, gold: str) -> bool:
-    r"""Are both the same to the letter, but for spaces, backslashes and a \text{..} around them?"""
+    r"""Are both texts the same, apart from spaces, backslashes and a \text{..} around them?"""
     one, two = (
         " ".join(WRAPPED.sub(r"\1", x).replace("\\", "").split()) for x in (prediction, gold)
     )
@@ -173,21 +180,20 @@ IMPORT = re.compile(r"^(?:import|from) .*$", re.M)
 FUTURE = re.compile(r"^from __future__ import .*\n?", re.M)
 BUILTINS = frozenset(dir(builtins))
 TESTING = re.compile(r"def (?:check\(|test)|class Test")
-COMPLETIONS = (  # of a line that begins a statement of several
+COMPLETIONS = (  # what completes a line that begins a statement of several lines
     ("{}", "{}\n 0", "try: 0\n{}\n 0", "if 0: 0\n{}\n 0")
     + ("{}\n)", "{}\n): 0", "{}\n]", "{}\n}}", '{}"""', "{}'''")
 )
 
 
 def code_rewards(programs: list[str | None], problems: list[Problem]) -> list[float]:
-    """r̂(y, y*) of many: 1.0 if a program passes all tests of its problem, else 0.0.
-
-    Before the program stands what stands before the function in HumanEval's prompt.
-    """
+    """r̂(y, y*) of many programs: 1.0 if one passes all tests of its problem, else 0.0."""
     try:
         from checkers import sandbox  # cannot be imported on a system without fork
     except ImportError as error:
-        raise InputError(f"--task code needs Linux or macOS for its sandbox: {error}") from error
+        raise InputError(
+            f"--task code needs Linux or macOS for its sandbox ({error}): use such a machine"
+        ) from error
     jobs = [
         (whole_program(program or "", problem), list(problem.tests))
         for program, problem in zip(programs, problems, strict=True)
@@ -196,27 +202,27 @@ def code_rewards(programs: list[str | None], problems: list[Problem]) -> list[fl
 
 
 def whole_program(program: str, problem: Problem) -> str:
-    """A program behind what stands before the function in HumanEval's prompt."""
-    future = "".join(FUTURE.findall(program))  # has to come first
+    """A program, preceded by what HumanEval's prompt has before its function, such as imports."""
+    future = "".join(FUTURE.findall(program))  # Python wants these lines first
     return future + preamble(problem.given) + FUTURE.sub("", program)
 
 
 def same_program(one: str, two: str) -> bool:
-    """Are two programs the same, but for empty lines and spaces at the end of lines?"""
+    """Are two programs the same, apart from empty lines and spaces at the end of lines?"""
     lines = ([line.rstrip() for line in program.split("\n")] for program in (one, two))
     return len({"\n".join(filter(None, part)) for part in lines}) == 1
 
 
 def program_of(attempt: str, problem: Problem | None = None) -> str | None:
-    """The program that an attempt answers with, or None.
+    """The program in an attempt, or None.
 
-    It is the last one that defines what the tests of the problem call, with helpers from other
-    parts of the answer, or a body that continues HumanEval's prompt; else the last that defines
-    something and does more than test.
+    It is the last part that defines what the problem's tests call, with helpers from other parts.
+    If there is none, it is HumanEval's prompt with the function body that the attempt gives. If
+    there is no body either, it is the last part that defines something, if possible no test.
     """
     sources = programs_in(attempt)
     tests = "\n".join(problem.tests) if problem else ""
-    wanted = names_used(tests) or names_used(tests, but=())  # f, else what is named like a builtin
+    wanted = names_used(tests) or names_used(tests, but=())  # a builtin's name only if no other
     owners = [source for source in sources if wanted & set(definitions(source))]
     if owners:
         return with_helpers(owners[-1], sources)
@@ -227,10 +233,10 @@ def program_of(attempt: str, problem: Problem | None = None) -> str | None:
 
 
 def programs_in(attempt: str) -> list[str]:
-    """All parts of an answer that define something, in order.
+    """All parts of an attempt that define something, in order.
 
-    They may be fenced, between MBPP's [BEGIN] and [DONE], or bare with prose around them. What
-    follows a new "here is your task" is a run-on.
+    A part may be fenced, stand between MBPP's [BEGIN] and [DONE], or be bare with prose around it.
+    After a definition, "here is your task" ends the attempt: the model went on with a new task.
     """
     text = LEFTOVER.split(attempt.replace("\r\n", "\n").replace("\ufeff", ""))[0]
     text = MARKER.sub(lambda mark: f"\n{mark[0].strip()}\n", text)
@@ -248,7 +254,7 @@ def programs_in(attempt: str) -> list[str]:
 
 
 def parsed(source: str) -> ast.Module:
-    """A program's tree; an empty one if it is none."""
+    """The syntax tree of a program; an empty one if the text is no Python."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -258,7 +264,7 @@ def parsed(source: str) -> ast.Module:
 
 
 def definitions(source: str) -> dict[str, str]:
-    """The source of each function, class and value that a program defines at its top."""
+    """The source of each function, class and value that a program defines at its top level."""
     found, lines = {}, source.split("\n")
     for node in parsed(source).body:
         names = [getattr(node, "name", "")]
@@ -271,7 +277,7 @@ def definitions(source: str) -> dict[str, str]:
 
 
 def names_used(source: str, but=BUILTINS) -> set[str]:
-    """Names that a program takes from elsewhere, but not these."""
+    """Names that a program uses and does not define, without those in `but`."""
     nodes = list(ast.walk(parsed(source)))
     used = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     made = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
@@ -282,7 +288,7 @@ def names_used(source: str, but=BUILTINS) -> set[str]:
 
 
 def with_helpers(source: str, others: list[str]) -> str:
-    """A program behind the definitions of other programs that it lacks."""
+    """A program, preceded by the definitions that it lacks and other programs have."""
     known = {name: text for other in others for name, text in definitions(other).items()}
     imports = [line for other in others for line in IMPORT.findall(other)]
     helpers: list[str] = []
@@ -293,7 +299,7 @@ def with_helpers(source: str, others: list[str]) -> str:
 
 
 def continued(given: str, attempt: str) -> str | None:
-    """HumanEval's prompt and a bare body behind it, or None."""
+    """HumanEval's prompt with the function body that an attempt gives, None if it gives none."""
     code = [lines for fenced, lines in blocks(attempt) if fenced and any(lines)]
     lines = (code or [attempt.split("\n")])[-1]
     first = lines[0].lstrip() if lines else ""
@@ -308,7 +314,7 @@ def continued(given: str, attempt: str) -> str | None:
 
 
 def blocks(text: str) -> list[tuple[bool, list[str]]]:
-    """(is it fenced?, lines) of the parts of an answer, without fences in other languages."""
+    """The parts of an attempt as (is it fenced?, lines), without fences in other languages."""
     found, fence, python = [(False, [])], "", True
     for line in text.split("\n"):
         mark, lines = FENCE.match(line), found[-1][1]
@@ -327,7 +333,7 @@ def blocks(text: str) -> list[tuple[bool, list[str]]]:
 
 
 def bare_code(lines: list[str]) -> list[list[str]]:
-    """Runs of lines that are code, where prose may stand between them."""
+    """The groups of lines that are code; prose may stand between them."""
     parts = [[]]
     for line in lines:
         inside = parts[-1] and (not line.strip() or line[0] in " \t" or within_text(parts[-1]))
@@ -339,13 +345,13 @@ def bare_code(lines: list[str]) -> list[list[str]]:
 
 
 def within_text(lines: list[str]) -> bool:
-    """Do the lines end within a text of three quotes?"""
+    """Do the lines end within a triple-quoted string?"""
     source = "\n".join(lines)
     return source.count('"""') % 2 == 1 or source.count("'''") % 2 == 1
 
 
 def is_code(line: str) -> bool:
-    """Is a line Python, maybe the first of several, rather than prose?"""
+    """Is a line Python rather than prose? It may begin a statement of several lines."""
     if line.startswith(("#", "@", ")", "]", "}", '"""', "'''")):
         return True
     with warnings.catch_warnings():

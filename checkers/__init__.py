@@ -1,5 +1,6 @@
-"""Is it right? What rewards.py asks.
+"""Is it right? The checks that rewards.py needs.
 
-answers, expressions, spelling      math: what an answer says, is worth, how it is spelt
-sandbox, judge, confine, wire       programs: run against their tests, whatever they try
+answers, expressions, spelling      math: what an answer says, what it is worth, how it is spelt
+shapes                              math: is an answer copied from the question?
+sandbox, judge, confine, wire       programs: run against their tests, and kept from doing harm
 """

@@ -1,13 +1,13 @@
-r"""What does an answer say? It is read into a structure of values, and two of them are compared.
+r"""What does an answer say? It is read into a structure of values; two structures are compared.
 
-    "x = \frac{2}{4}"                    the value 1/2, by the name of x
+    "x = \frac{2}{4}"                    the value 1/2, with the name x
     "[0, 1) \cup \{3\}"                  a set of real numbers
     "5 \text{ or } 6"                    a list of two values
     "\text{(E)}", "e"                    a word
 
 An answer is a value, word, list, tuple, set of real numbers, matrix, number in a base, ratio,
-equation or inequality. `read` finds the structure by what stands outermost, `same` compares two.
-What cannot be read raises `Unreadable`. Next to read: expressions.py.
+equation or inequality. `read` looks at the outermost signs first and then at the parts. `same`
+compares two structures. What cannot be read raises `Unreadable`. Next to read: expressions.py.
 """
 
 import math
@@ -20,7 +20,7 @@ from checkers import expressions as expr
 from checkers.expressions import GREEK, ONE, Number, Unreadable, equal, read_value, read_values
 from checkers.spelling import NOUNS, NUMERALS, OPENING, SCALES, TWISTS, UNITS, closes, depths, tidy
 
-NESTED, LISTED, JOINED = 20, 32, 16  # brackets within brackets, items, intervals or sides
+NESTED, LISTED, JOINED = 20, 32, 16  # at most: nested brackets; items; intervals, sides or rows
 
 # --- 1. Structure -----------------------------------------------------------------------------
 
@@ -31,12 +31,15 @@ EVERYTHING = (-math.inf, False, math.inf, False)  # all real numbers, as an inte
 
 @dataclass(frozen=True)
 class Answer:
-    """kind: value, word, list, tuple, reals, matrix, base, ratio, equation, inequality, chain.
+    """The structure of an answer.
 
-    parts: what it is made of, as its kind needs it. name: that of `x` in `x = 5` and `x > 3`.
-    unit: a known unit. marks: the brackets of a tuple or set, the sign of an inequality, ± or ∨ of
-    a list, : of a time. values: those of a word that reads as variables too, or of left - right
-    where a value came as an equation.
+    kind: value, word, list, tuple, reals, matrix, base, ratio, equation, inequality or chain.
+    parts: what it is made of, which depends on the kind.
+    name: the x of `x = 5` and of `x > 3`.
+    unit: a known unit.
+    marks: the brackets of a tuple or set, the sign of an inequality, the : of a time; of a list ±,
+    ∨ or "named" (its items have several names).
+    values: of `x = 5`, those of x - 5; of a word that may also be a product, those of the product.
     """
 
     kind: str
@@ -61,7 +64,7 @@ MATRIX = re.compile(
 )
 BASE = re.compile(
     r"[({\s]*(-?(?:[0-9A-Z.]*\d[0-9A-Z]*|[A-Z]+))[)}\s]*_\s*\{?\(?\s*(\w+)\s*\)?\}?", re.ASCII
-)  # without « »
+)  # matched without the « » of the text
 POINT = re.compile(r"\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\)")
 CLOCK = re.compile(r"(?:[01]?\d|2[0-4])(?:\s*:\s*[0-5]\d){1,2}")
 UNIT = re.compile(r"«[^»]*»(?:«[^»]*»|\^\{?[23]\}?|[\s/])*")
@@ -71,7 +74,7 @@ OPERATION = re.compile(r"(?<=[\w)}])\s*[-+*]|\\(?:cdot|times|pm|mp)")
 READS_DEGREES = re.compile(r"\\(?:sin|cos|tan|sec|csc|cot)")
 COSTLY = re.compile(r"\^|\\(?:pm|mp|sqrt)")
 COSTLIER = re.compile(r"!|\\(?:binom|exp|ln|log|arc|sin|cos|tan|sec|csc|cot)")
-MOST_COSTLY = 48  # powers and roots in an answer, or a dozen functions: an attack has hundreds
+MOST_COSTLY = 48  # powers and roots in an answer; a function counts as four. Attacks have hundreds
 CONGRUENCE = re.compile(
     r"(?:([^=]*)\\equiv)?([^=]*?)[({\s]*(?:\\[pb]?mod|«mod»)\s*(\d+|{\d+})[)}\s]*"
 )
@@ -100,7 +103,7 @@ def read(text: str, depth: int = 0) -> Answer:
 
 
 def as_list(items: list[Answer], either: bool) -> Answer:
-    """Answers without order; inequalities joined by "or" are one set of numbers."""
+    """A list, in which order does not count; inequalities of one variable become one set."""
     names, kinds = {item.name for item in items}, {item.kind for item in items}
     one_name = len(names) == 1 and names != {""}
     if either and one_name and "reals" in kinds <= {"reals", "value"}:
@@ -120,7 +123,10 @@ def as_list(items: list[Answer], either: bool) -> Answer:
 
 
 def split(text: str, separators: str, within: bool = False) -> list[str]:
-    """Cut at separators outside of brackets; 1,000 is one number, but not within brackets."""
+    """The parts of a text between separators that stand outside of brackets.
+
+    1,000 is one number, unless the text comes from `within` brackets: (1,000) has two parts.
+    """
     depth, grouped = depths(text), set() if within else thousands(text)
     if text and (min(depth) < 0 or depth[-1]):
         raise Unreadable("brackets do not match")
@@ -137,7 +143,7 @@ def thousands(text: str) -> set[int]:
 
 
 def read_item(text: str, depth: int) -> Answer:
-    """One answer, by what stands outermost."""
+    """The structure of one answer, found from its outermost signs."""
     if (found := MEMBER.match(text)) and VARIABLE.fullmatch(found[1]):
         members = read(text[found.end() :], depth)
         if members.kind not in ("reals", "tuple") and members.marks != "⦃⦄":
@@ -180,7 +186,7 @@ def read_item(text: str, depth: int) -> Answer:
 
 
 def few(parts, most: int = JOINED) -> tuple:
-    """As many as an answer joins, or Unreadable: each is compared with each."""
+    """The parts; Unreadable if there are too many, since each may be compared with each."""
     parts = tuple(parts)
     if len(parts) > most:
         raise Unreadable("too many parts")
@@ -188,7 +194,7 @@ def few(parts, most: int = JOINED) -> tuple:
 
 
 def set_of(text: str, depth: int) -> tuple:
-    """The intervals of an operand of a union."""
+    """The intervals of one of the sets in a union, intersection or difference."""
     answer = read(text, depth)
     if answer.kind == "value":
         raise Unreadable("a number is no set")
@@ -206,13 +212,13 @@ def read_number(text: str) -> Answer:
 
 
 def unmarked(text: str) -> str:
-    """50% and 50° are 50; in sin 50° the sign is part of the function's argument."""
+    """The text without a sign of percent or degree at its end; sin 50° and sums keep the sign."""
     number = MARK.sub("", text)
     return text if READS_DEGREES.search(text) or OPERATION.search(number) else number
 
 
 def constant(text: str) -> Number:
-    """A number without variables."""
+    """The value of a text without variables."""
     value, names = read_value(unmarked(text))
     if names:
         raise Unreadable("a variable where a number is needed")
@@ -242,7 +248,7 @@ def read_bracketed(text: str, depth: int) -> Answer:
 
 
 def read_matrices(text: str) -> tuple:
-    """Rows of values of a sum of products of matrices, with a factor before each."""
+    """The rows of a matrix, given as a sum of products of matrices with a factor before each."""
     total, product, at = None, None, 0
     for found in few(MATRIX.finditer(text)):
         between, at = text[at : found.start()].strip(), found.end()
@@ -293,13 +299,13 @@ def pointwise(operation, one: tuple, two: tuple) -> tuple:
 
 
 def aligned(one: tuple, two: tuple) -> list[tuple]:
-    """Pairs of values at the same points; a value without variables stands at each."""
+    """Pairs of values at the same points; a value without variables is the same at each point."""
     points = max(len(one), len(two))
     return [(one[i % len(one)], two[i % len(two)]) for i in range(points)]
 
 
 def read_base(digits: str, base: str) -> Answer | None:
-    """1011_2, a plain number if the base is ten; None if these are no digits of that base."""
+    """1011_2 as digits and base; 25_10 as a plain number; None if the base has no such digits."""
     if base.lower() in NUMERALS:
         base = str(NUMERALS.index(base.lower()))
     if not base.isdecimal() or not 2 <= int(base[:3]) <= 36:
@@ -317,13 +323,13 @@ def read_congruence(name: str | None, residue: str, modulus: str) -> Answer:
     if not residue.isdecimal() or int(residue) >= modulus or re.fullmatch(r"-?[\d.]+", name):
         raise Unreadable("no least residue, or two answers")
     if name and not VARIABLE.fullmatch(name):
-        constant(name)  # or Unreadable
+        constant(name)  # raises Unreadable if it is no number
         name = ""
     return Answer("value", (constant(residue),), name, unit=f"mod {modulus}")
 
 
 def read_letters(letters: str) -> Answer:
-    """Letters alone: a word that may be the product of a few usual variables, or i, or e."""
+    """Letters alone: i, e, or a word, which may also be a product of two usual variables."""
     if letters in ("i", "e"):
         return read_number(letters)
     usual = re.fullmatch(r"[a-z]|[abckmnpqrstuvwxyz]{2}", letters)
@@ -350,7 +356,7 @@ def read_words(text: str, depth: int) -> Answer:
 
 
 def is_unit(words: list[str]) -> bool:
-    """May these words stand behind a number or not?"""
+    """Are these words a unit, which may be left out behind a number?"""
     words = [word.rstrip("23^") for word in words if word.rstrip("23^")]
     if not words or TWISTS & set(words) or set(NUMERALS) & set(words) or len(words) > 4:
         return False
@@ -359,7 +365,7 @@ def is_unit(words: list[str]) -> bool:
 
 
 def phrase(text: str) -> Answer:
-    """Words, compared without case, punctuation and article."""
+    """Words as an answer, without case, punctuation and article; some of them name a number."""
     text = re.sub(r"^(?:[Tt]he|an?) (?=[a-z]{3})", "", text.replace("«", " ").strip())
     words = " ".join(re.findall(r"[^\W_]+", text.casefold()))
     if words in ("", "nan"):
@@ -415,10 +421,10 @@ def read_relation(text: str, depth: int) -> Answer:
 
 
 def read_approximation(text: str, sides: tuple[str, ...], depth: int) -> Answer:
-    """≈ 8.24, or x = 2/3 ≈ 0.67: the exact value, if the other is what it rounds to."""
+    """x ≈ 8.24 as x = 8.24; x = 2/3 ≈ 0.67 as x = 2/3, if 2/3 does round to 0.67."""
     *_, exact, near = sides
     if len(sides) == 2 and (not exact or VARIABLE.fullmatch(exact)):
-        constant(near.partition("«")[0])  # or Unreadable
+        constant(near.partition("«")[0])  # raises Unreadable if it is no number
         return replace(read(near, depth), name=exact)
     if not re.fullmatch(r"-?\d*\.?\d+", near):
         raise Unreadable("no rounded number")
@@ -429,7 +435,7 @@ def read_approximation(text: str, sides: tuple[str, ...], depth: int) -> Answer:
 
 
 def read_equation(sides: tuple[str, ...], depth: int) -> Answer:
-    """x = 5 is the value 5 by the name of x, x + y = 5 is an equation."""
+    """x = 5 as the value 5 with the name x; x + y = 5 as an equation."""
     if len(sides) == 2 and VARIABLE.fullmatch(sides[1]) and not VARIABLE.fullmatch(sides[0]):
         sides = sides[::-1]
     name = re.sub(r"\s", "", sides[0])
@@ -458,7 +464,7 @@ def read_equation(sides: tuple[str, ...], depth: int) -> Answer:
 
 
 def read_point(names: str, point: Answer) -> Answer:
-    """(x, y) = (1, 2), with its names in order of the alphabet."""
+    """(x, y) = (1, 2) as a tuple with a name; x and y must be in alphabetical order."""
     letters = names[1:-1].split(",")
     if point.kind != "tuple" or len(letters) != len(point.parts) or letters != sorted(letters):
         raise Unreadable("names and values do not go together")
@@ -473,7 +479,7 @@ def variables(text: str) -> set[str]:
 
 
 def difference(left: str, right: str) -> tuple[Number, ...]:
-    """left - right at each point; Unreadable without variables, and if it is zero everywhere."""
+    """left - right at each point; Unreadable if it has no variables or is zero everywhere."""
     values = read_values(f"({unmarked(left)}) - ({unmarked(right)})")
     if len(values) == 1 or all(value == 0 for value in values if value is not None):
         raise Unreadable("a tautology, or no variable")
@@ -481,7 +487,7 @@ def difference(left: str, right: str) -> tuple[Number, ...]:
 
 
 def read_inequality(sides: tuple[str, ...], signs: list[str]) -> Answer:
-    """x > 3, -1 < 2x ≤ 2 and |x - 1| < 3 as the numbers that x may be, s^2 < 8r as it is."""
+    """x > 3, -1 < 2x ≤ 2 and |x - 1| < 3 as sets of numbers; s^2 < 8r stays an inequality."""
     links = [*zip(signs, pairwise(sides), strict=True)]
     names = set().union(*(variables(side) for side in sides))
     one_way = {*signs} <= {*"<≤"} or {*signs} <= {*">≥"}
@@ -502,7 +508,7 @@ def read_inequality(sides: tuple[str, ...], signs: list[str]) -> Answer:
 
 
 def solutions(sign: str, left: str, right: str, name: str) -> tuple | None:
-    """The x for which left < right, None if that is not linear in x, or in |..| of x."""
+    """The x for which left `sign` right holds; None if it is linear neither in x nor in |..|."""
     if INFINITE.fullmatch(left.strip()) or right.strip() == name:
         left, right, sign = right, left, FLIPPED[sign]
     if found := re.fullmatch(r"\|([^|]*)\|", left.strip()):
@@ -525,7 +531,7 @@ def solutions(sign: str, left: str, right: str, name: str) -> tuple | None:
 
 
 def root_of(left: str, right: str, name: str) -> tuple[Number | None, bool]:
-    """Where left - right is 0 and whether it rises, (None, ..) if it is no line over `name`."""
+    """Where left - right is 0, and whether it rises; (None, False) if not linear in `name`."""
     heights = difference(left, right)
     places = [expr.variable(name, point) for point in range(len(heights))]
     if None in heights or not all(map(expr.is_real, heights)):
@@ -542,7 +548,7 @@ def bound_of(text: str):
 
 
 def intervals(answer: Answer) -> tuple[tuple, ...]:
-    """An interval or a finite set as (low, is low in it, high, is high in it)s."""
+    """An interval or a finite set as tuples (low, is low in it?, high, is high in it?)."""
     if answer.kind == "reals":
         return answer.parts
     if answer.kind == "tuple" and len(answer.parts) == 2:
@@ -562,7 +568,7 @@ def first_alone(within: list[bool]) -> bool:
 
 
 def combine(rule, *sets: tuple) -> tuple:
-    """The numbers for which rule([is it in the first set?, in the second? ..]), as intervals."""
+    """The numbers x for which rule([is x in set 1?, in set 2? ..]) is true, as intervals."""
     ends = [x for parts in sets for low, _, high, _ in parts for x in (low, high)]
     ends = sorted({x for x in ends if x not in ENDS}, key=lambda x: float(expr.inexact(x).real))
     places = [(x, x) for x in ends] + [*pairwise((-math.inf, *ends, math.inf))]
@@ -608,7 +614,7 @@ def holds(x: Number, parts: tuple) -> bool:
 
 
 def same(one: Answer, two: Answer) -> bool:
-    """Are two answers the same? Names and known units must agree where both have one."""
+    """Are two answers the same? Names and known units must agree where both answers have them."""
     if (one.name and two.name and one.name != two.name) or "equation" in (one.kind, two.kind):
         return proportional(as_equation(one), as_equation(two))
     units = {one.unit, two.unit} - {""}
@@ -632,7 +638,7 @@ def same(one: Answer, two: Answer) -> bool:
 
 
 def as_tuple(answer: Answer, other: Answer) -> Answer:
-    """x = 2, y = 3 as (2, 3), where the other answer is a tuple; in order of the alphabet."""
+    """x = 2, y = 3 as (2, 3), in alphabetical order, if the other answer is a tuple."""
     if other.kind != "tuple" or answer.marks != "named" or not all(p.name for p in answer.parts):
         return answer
     parts = sorted(answer.parts, key=lambda part: part.name)
@@ -653,7 +659,7 @@ def quotient(answer: Answer) -> tuple:
 
 
 def same_values(one: tuple, two: tuple) -> bool:
-    """The same at every point where a value is real, or at all points if none is."""
+    """Are the values the same at each point where one is real? At all points if none is real."""
     if not one or not two:
         return False
     pairs = compared(aligned(one, two))
@@ -664,7 +670,7 @@ def same_values(one: tuple, two: tuple) -> bool:
 
 
 def compared(pairs) -> list[tuple]:
-    """The pairs of values; Unreadable where one has a value and the other none."""
+    """The pairs of values; Unreadable if there are none, or if only one of a pair has a value."""
     pairs = [pair for pair in pairs if pair != (None, None)]
     if not pairs or any(None in pair for pair in pairs):
         raise Unreadable("not defined at the same points")
@@ -672,7 +678,7 @@ def compared(pairs) -> list[tuple]:
 
 
 def same_items(one: Answer, two: Answer) -> bool:
-    """The same answers in any order, each as often."""
+    """Do two lists have the same items, each as often, in any order?"""
     if (one.marks == "named") != (two.marks == "named"):
         return False
     left = list(two.parts)
@@ -698,7 +704,7 @@ def same_reals(one: tuple, two: tuple) -> bool:
 
 
 def proportional(one: tuple, two: tuple) -> bool:
-    """Do two ratios, or left - right of two equations at each point, differ by a factor?"""
+    """Do two ratios, or left - right of two equations at each point, differ by a factor at most?"""
     if len(one) != len(two) or not one or one[0] == 0 or two[0] == 0:
         return False
     pairs = compared(zip(one, two, strict=True))
@@ -713,7 +719,7 @@ def same_ratio(one: Answer, two: Answer) -> bool:
 
 def same_inequality(one: Answer, two: Answer) -> bool:
     factor = expr.divide(one.parts[0], two.parts[0])
-    # × factor keeps the sign
+    # a positive factor keeps the sign < or ≤; any factor keeps ≠
     kept = one.marks == "≠" or (expr.is_real(factor) and expr.below(-factor, factor))
     return one.marks == two.marks and kept and proportional(one.parts, two.parts)
 

@@ -1,12 +1,12 @@
 """What may a process do? Compute, and little else: seccomp and Landlock, by ctypes.
 
     read_only(folders)     from now on, files can be opened in these folders only, for reading
-    confine(filter)        from now on, only the system calls of ALLOWED exist
+    confine(filter)        from now on, only the system calls of ALLOWED and CHECKED work
 
-Both are for good, and hold for threads, native code and root. There is no way to open a socket or a
-file for writing, to start a process, or to signal one: what is not listed fails with EPERM. There
-are threads, and sockets that end where they begin, as asyncio needs them. Linux on x86-64 and
-ARM64; elsewhere both return False. Next to read: wire.py.
+Neither can be undone, and both hold for threads, native code and root. A process can then open no
+socket and no file for writing, and it can neither start nor signal a process: a system call that is
+not listed fails with EPERM. It can start threads, and connect two sockets of its own, which asyncio
+needs. This works on Linux on x86-64 and ARM64; elsewhere both return False. Next to read: wire.py.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import sys
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 
-# System calls by their numbers on x86-64 and ARM64 (asm/unistd.h); None: there is none.
+# Numbers of system calls on x86-64 and ARM64 (asm/unistd.h), None where a call does not exist.
 ALLOWED = {
     "read": (0, 63), "write": (1, 64), "close": (3, 57), "stat": (4, None), "fstat": (5, 80),
     "lstat": (6, None), "lseek": (8, 62), "mmap": (9, 222), "mprotect": (10, 226),
@@ -41,18 +41,18 @@ ALLOWED = {
 }  # fmt: skip
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 ALL = 2**32 - 1
-CHECKED = {  # allowed if each (argument, mask) has a value: numbers, (argument, mask, value)s
-    "openat": ((257, 56), (2, WRITING, 0)),  # to read, where Landlock says what
+CHECKED = {  # numbers, and (i, mask, value): allowed if argument i & mask is value, for each
+    "openat": ((257, 56), (2, WRITING, 0)),  # for reading; Landlock says which files
     "clone": ((56, 220), (0, ALL, 0x3D0F00)),  # a thread, as glibc makes it
     "fcntl": ((72, 25), (1, ALL - 3, 0)),  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL: no flags, no locks
-    "ioctl": ((16, 29), (1, ALL, 0x5421)),  # FIONBIO, not to block
+    "ioctl": ((16, 29), (1, ALL, 0x5421)),  # FIONBIO: whether to block
     "socketpair": ((53, 199), (0, ALL, socket.AF_UNIX), (1, 15, socket.SOCK_STREAM)),
     "sendto": ((44, 206), (3, socket.MSG_OOB, 0)),
     "recvfrom": ((45, 207), (3, socket.MSG_OOB, 0)),
     "madvise": ((28, 233), (2, ALL - 31, 0)),
     "clock_gettime": ((228, 113), (0, ALL - 15, 0)),  # not the clock of another process
 }
-CLONE3 = 435  # is said to be absent, so that glibc takes clone, whose flags can be seen
+CLONE3 = 435  # fails as absent, so that glibc takes clone, whose flags a filter can check
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, AUDIT_ARCH
 
 LOAD, AND, EQUAL, RETURN = 0x20, 0x54, 0x15, 0x06  # instructions of BPF
@@ -65,7 +65,7 @@ WRITE_FILE, READ_FILE, READ_DIR = 2, 4, 8  # some of its rights
 
 
 def system_call(function, *arguments) -> int:
-    """What a function of LIBC returns; raises OSError."""
+    """What a function of LIBC returns; raises OSError if that is below 0."""
     result = function(*arguments)
     if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
@@ -78,7 +78,7 @@ def prctl(option: int, *values) -> None:
 
 
 def limit(**limits: int) -> None:
-    """Limits of this process and its children, by the names of RLIMIT_ constants."""
+    """Limit this process and its children; the names are those of the RLIMIT_ constants."""
     for name, most in limits.items():
         with contextlib.suppress(ValueError, OSError):  # macOS has no limit of memory
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
@@ -90,9 +90,10 @@ def die_with_parent() -> None:
 
 
 def read_only(folders: list[str], hidden: str) -> bool:
-    """Let files be opened in `folders` only, to read, and /dev/null; False without Landlock.
+    """From now on, only /dev/null and files in `folders` can be opened; False without Landlock.
 
-    What is in a folder under a name that ends in `hidden` can be listed, but not read.
+    The files can be read only. A file or folder in `folders` whose name ends in `hidden` can be
+    listed, but not read.
     """
     if sys.platform != "linux":
         return False
@@ -122,7 +123,7 @@ def allow(rules: int, rights: int, path: str) -> None:
 
 
 def seccomp_filter(reading: bool) -> bytes | None:
-    """The allow-list as BPF, None where there is none; reading: with openat, to read."""
+    """The allowed system calls as BPF, None on other systems; reading: allow openat, to read."""
     column, arch = ARCHITECTURES.get(platform.machine(), (None, None))
     if column is None or sys.platform != "linux":
         return None
@@ -130,7 +131,7 @@ def seccomp_filter(reading: bool) -> bytes | None:
     rows += [(EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, ABSENT)]  # (.., skip if equal, skip if not, ..)
     for name, (numbers, *conditions) in CHECKED.items():
         if reading or name != "openat":
-            left = 3 * len(conditions)  # rows before what allows
+            left = 3 * len(conditions)  # rows up to the one that allows
             rows.append((EQUAL, 0, left + 2, numbers[column]))
             for argument, mask, value in conditions:
                 left -= 3
@@ -144,7 +145,7 @@ def seccomp_filter(reading: bool) -> bytes | None:
 
 
 def confine(instructions: bytes | None) -> bool:
-    """Let only the system calls of a `seccomp_filter` be; False where that cannot be done."""
+    """From now on, allow only the system calls of a `seccomp_filter`; False if that fails."""
     if instructions is None:
         return False
     rows = ctypes.create_string_buffer(instructions)

@@ -1,14 +1,14 @@
 r"""What is an expression worth? LaTeX or ASCII, read by recursive descent straight into a number.
 
-    \frac{2}{4}, 2/4, 0.5        Fraction(1, 2): exact rationals as far as they go
+    \frac{2}{4}, 2/4, 0.5        Fraction(1, 2): rational numbers are exact
     3\sqrt{2} - \pi              a complex number of 70 digits
-    x^2 - 1, (x-1)(x+1)          seven numbers each: variables stand at fixed random points,
-                                 so that expressions are equal if their numbers are
+    x^2 - 1, (x-1)(x+1)          seven numbers each: variables get fixed random values at
+                                 seven points; expressions are equal if their numbers are
 
-What is read was written by a model that is paid for being right, so nothing is ever evaluated as
-code, and length, depth, powers and factorials have bounds. What cannot be read, or has no value
-(1/0), raises `Unreadable`. Pure functions, no state: any thread may call them.
-Next to read: spelling.py.
+The texts were written by a model that is paid for being right. So nothing is ever evaluated as
+code, and length, depth, powers and factorials have bounds. What cannot be read, or has no value,
+raises `Unreadable`; 1/0 raises ZeroDivisionError. The functions keep no state, so any thread may
+call them. Next to read: spelling.py.
 """
 
 import math
@@ -24,15 +24,17 @@ from mpmath import MPContext, libmp  # comes with sympy
 MP = MPContext()
 MP.dps = 70
 CLOSE = MP.mpf(10) ** -55  # relative; equal values differ by rounding alone
-ZERO = MP.mpf(10) ** -62  # relative; what is left when equal numbers cancel
+ZERO = MP.mpf(10) ** -62  # relative; a smaller sum is the rounding of equal numbers that cancel
 LARGEST, SMALLEST = MP.mpf(10) ** 100_000, MP.mpf(10) ** -100_000  # of inexact numbers
-TALLEST = 10**25  # of a rational that may equal an irrational: it comes no nearer by luck
+# The largest numerator or denominator of a rational that may equal an irrational number: a rational
+# with larger ones can come as near as CLOSE by luck.
+TALLEST = 10**25
 BITS, FACTORIAL, DEPTH = 2**15, 2500, 40  # size of a rational, n of n!, nesting
-EFFORT, POWER_EFFORT, FACTORIAL_EFFORT = 128, 4, 16  # of one text; a product is 1
+EFFORT, POWER_EFFORT, FACTORIAL_EFFORT = 128, 4, 16  # of a text at most; of one; a product: 1
 SIZES = (1, 20, 4000, 1, 20, 1, 4000)  # of variables at the points where they are compared
 PRIMES = (10007, 10009, 10037, 10039, 10061, 10067, 10069)  # no small multiple of x is whole
 for constant in (libmp.pi_fixed, libmp.e_fixed, libmp.ln2_fixed, libmp.ln10_fixed):
-    constant(1000)  # cached from now on: threads must not fill these caches at once
+    constant(1000)  # fills its cache now, since threads must not do it at the same time
 
 Number = Fraction | MP.mpc
 ONE, HALF = Fraction(1), Fraction(1, 2)
@@ -46,7 +48,7 @@ class Unreadable(ValueError):
 
 
 def settle(z) -> Number:
-    """A number within bounds."""
+    """The number itself; Unreadable if it is not finite, or too large or too small."""
     if isinstance(z, Fraction):
         if max(z.numerator.bit_length(), z.denominator.bit_length()) > BITS:
             raise Unreadable("too large")
@@ -71,7 +73,7 @@ def is_real(x: Number) -> bool:
 
 
 def equal(x: Number, y: Number) -> bool:
-    """The same number? A rational of many digits is no irrational number, however near."""
+    """Are they the same number? A rational with many digits never equals an irrational number."""
     if isinstance(x, Fraction) and isinstance(y, Fraction):
         return x == y
     for z in (x, y):
@@ -150,7 +152,7 @@ def exact_root(x: Fraction, degree: int) -> Fraction | None:
 
 
 def factorial(n: Number) -> Number:
-    """n!; of a variable, which is no whole number, it is the gamma function at n + 1."""
+    """n!; for a variable, whose value is no whole number, the gamma function at n + 1."""
     if not isinstance(n, Fraction) or abs(n) > 30_000:
         raise Unreadable("no factorial")
     if n.denominator == 1:
@@ -193,7 +195,7 @@ FUNCTIONS = {
 def apply(name: str, x: Number) -> Number:
     value = FUNCTIONS[name](inexact(x))
     if name in ("sin", "cos", "tan") and abs(value) < CLOSE:
-        return Fraction(0)  # but for rounding, as sin π is
+        return Fraction(0)  # sin π is 0, apart from rounding
     if name == "arctan" and abs(x) > 10**20:
         raise Unreadable("too near to pi/2")
     if name in ("tan", "sec", "csc", "cot") and abs(value) > 10**40:
@@ -202,10 +204,10 @@ def apply(name: str, x: Number) -> Number:
 
 
 def variable(name: str, point: int) -> Fraction:
-    """Where a variable stands at a point: the same for every expression.
+    """The value of a variable at a point, which is the same in every expression.
 
-    All are positive at the first point and negative at the last one; between, any two letters have
-    unlike signs somewhere, so that |xy| is not xy.
+    All variables are positive at the first point and negative at the last one. At some point in
+    between, any two letters have unlike signs, so that |xy| differs from xy.
     """
     signs = ord(name) if len(name) == 1 else crc32(name.encode())
     last = len(SIZES) - 1
@@ -217,7 +219,7 @@ def variable(name: str, point: int) -> Fraction:
 
 @dataclass(frozen=True)
 class Algebra:
-    """What a Reader makes of sums, products .. and variables."""
+    """What a Reader makes of sums, products and so on, and of variables."""
 
     add: Callable
     multiply: Callable
@@ -232,7 +234,7 @@ class Algebra:
 
 
 def numbers(point: int) -> Algebra:
-    """Numbers, with variables as they stand at a point."""
+    """The algebra of numbers, in which variables have their values at a point."""
     functions = (add, multiply, divide, power, factorial, binomial, rounded, size, apply)
     return Algebra(*functions, variable=partial(variable, point=point))
 
@@ -269,15 +271,17 @@ STARTS = re.compile(
 
 @cache
 def literal(text: str) -> re.Pattern:
-    """The pattern of a text as it stands; a command ends where its letters end."""
+    """The pattern of a literal text; after a command, no further letter may follow."""
     return re.compile(re.escape(text) + ("(?![A-Za-z])" if text[-1].isalpha() else ""))
 
 
 class Reader:
-    """One pass over a text. names: the variables met. sign: \\pm's, 0 if none may be.
+    """One pass over a text.
 
-    algebra: what is made of sums, products ..: numbers here, shapes in shapes.py; parts are all of
-    them that are expressions or terms.
+    algebra: makes numbers of sums, products and so on here, and shapes in shapes.py.
+    sign: 1 reads \\pm as +, -1 reads it as -, 0 refuses it.
+    parts: what the algebra made of each term and expression; the whole is the last.
+    names: the variables that were read.
     """
 
     def __init__(self, text: str, algebra: Algebra, sign: int):
@@ -287,8 +291,10 @@ class Reader:
         self.tall = self.irrational = False
 
     def weigh(self, value: Number, known: int) -> None:
-        """Large rationals cost effort; and tall constants, which may be anything but for rounding,
-        have no place beside irrational numbers. known: how many variables there were before.
+        """Count the effort of a large rational, and note a constant of very many digits.
+
+        Such a constant may come near any number, so it may not stand beside an irrational one.
+        known: how many variables there were before the value; a constant adds none.
         """
         if isinstance(value, Fraction):
             height = max(abs(value.numerator), value.denominator)
@@ -347,7 +353,7 @@ class Reader:
                 return product
 
     def begins_factor(self) -> bool:
-        """Does a factor follow side by side? A digit only behind a power or the like: 2^4 5^2."""
+        """Does a factor follow without a sign? A digit may, after a power or the like: 2^4 5^2."""
         if self.sees("|"):
             return not self.bars
         if self.sees(DIGIT):
@@ -379,7 +385,7 @@ class Reader:
         return base
 
     def exponent(self) -> Number:
-        """What stands behind ^, up to the next factor."""
+        """What stands after ^, up to the next factor."""
         minus = self.take("-")
         digits = self.take(EXPONENT)
         value = Fraction(digits[0]) if digits else self.primary()
@@ -388,7 +394,7 @@ class Reader:
         return -value if minus else value
 
     def postfixed(self) -> Number:
-        """A primary and its factorials; a degree sign only where a function will read it."""
+        """A primary with its factorials; a degree sign may stand only in a function's argument."""
         value = self.primary()
         while True:
             if self.take(DEGREE):
@@ -432,7 +438,7 @@ class Reader:
         return self.primary()
 
     def spend(self, effort: int) -> None:
-        """Operations cost time: an answer has a few, an attack has hundreds."""
+        """Count operations, which cost time: an answer has a few, an attack has hundreds."""
         self.effort += effort
         if self.effort > EFFORT:
             raise Unreadable("too many operations")
@@ -496,7 +502,7 @@ class Reader:
         elif name == "i":
             return self.constant(1j)
         elif name in "fg" and self.take("("):
-            self.names.add(name)  # f(2) is a number of its own, but the same as f(1 + 1)
+            self.names.add(name)  # f(2) and f(1 + 1) are one variable, f(3) is another
             return self.algebra.variable(f"{name}({describe(self.group('('))})")
         elif name == "e":
             return self.constant(MP.e)
@@ -537,7 +543,7 @@ def describe(x) -> str:
 
 
 def read_all(text: str, algebra: Algebra, sign: int = 0) -> Reader:
-    """The Reader of a whole text; its last part is the expression; raises Unreadable."""
+    """The Reader of a whole text, whose last part is the whole expression; raises Unreadable."""
     reader = Reader(text, algebra, sign)
     reader.expression()
     if not reader.take(NOTHING):
@@ -555,7 +561,7 @@ def read_value(text: str, point: int = 0, sign: int = 0) -> tuple[Number, set[st
 
 
 def read_values(text: str, sign: int = 0) -> tuple[Number | None, ...]:
-    """One value if there are no variables, else one at each point, None where it is too large."""
+    """One value if there are no variables, else one for each point, None where there is none."""
     first, names = read_value(text, 0, sign)
     values = [first]
     for point in range(1, len(SIZES)) if names else ():

@@ -1,8 +1,8 @@
 """The judge's process: a program on one side of a socket, its tests on the other (see sandbox.py).
 
     judge      runs tests, and asks the candidate for what their functions return
-    zygote     forked from the judge before it has seen a test; forks and ends candidates
-    candidate  runs one program and answers, confined
+    zygote     forked from the judge before any test arrives; forks and ends candidates
+    candidate  runs one program, confined, and replies to the judge
 
 sandbox.py starts this file as a module. Next to read: confine.py.
 """
@@ -27,17 +27,17 @@ from functools import partial, partialmethod
 from checkers.confine import confine, die_with_parent, limit, read_only, seccomp_filter
 from checkers.wire import pack, receive, send, unpack
 
-MEMORY, OPEN_FILES = 2**29, 32  # bytes, and file numbers, of a candidate and of a judge
-WALL = 4  # times the limit of CPU time: a program may have to wait for others
+MEMORY, OPEN_FILES = 2**29, 32  # limits of a candidate and of a judge: bytes, file numbers
+WALL = 4  # limit by the clock, in limits of CPU time: a program may have to wait for others
 LONGEST_REPLY = 2**24  # bytes
-# Loaded in the zygote, to spare every program the time.
+# The zygote imports these once, so that no program has to wait for them.
 PRELOADED = (
     "abc array asyncio base64 bisect bz2 calendar cmath copy dataclasses difflib enum hashlib "
     "heapq inspect io itertools lzma math numbers operator pprint random re secrets sqlite3 "
     "statistics string textwrap threading time traceback typing unicodedata"
 )
 
-MOST_THREADS, WATCH = 100, 0.02  # of a candidate; seconds between two looks at their number
+MOST_THREADS, WATCH = 100, 0.02  # of a candidate; seconds between two counts of them
 CHANGEABLE = (list, dict, set)
 
 # --- 1. Candidate and zygote -------------------------------------------------------------------
@@ -48,7 +48,7 @@ VERBS |= {"setattr": setattr, "getitem": operator.getitem, "iter": iter, "len": 
 
 
 def candidate(instructions: bytes | None, missing: str) -> None:
-    """Run a program and do what is asked of it at file 3, until the zygote ends this process."""
+    """Serve the requests that come at file 3, until the zygote ends this process."""
     channel = types.SimpleNamespace(recv=partial(os.read, 3), sendall=partial(os.write, 3))
     module, objects, numbers = types.ModuleType("program"), [], {}
     sys.modules["program"] = module
@@ -65,7 +65,7 @@ def candidate(instructions: bytes | None, missing: str) -> None:
         return numbers[id(value)]
 
     def answer(verb: str, name: str | int, *values) -> list:
-        """The result, and what has become of the arguments of a call, by their numbers."""
+        """The result, and [number, new value] of each argument that a call has changed."""
         if verb == "run":
             return [exec(compile(name, "program", "exec"), vars(module)), []]
         given = [unpack(value, held) for value in values]
@@ -82,7 +82,7 @@ def candidate(instructions: bytes | None, missing: str) -> None:
         request = receive(channel)
         try:
             reply = [True, *answer(*request)]
-        except BaseException as error:  # SystemExit, for one
+        except BaseException as error:  # such as SystemExit
             kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"]
             reply = [False, kinds[0]]
         send(channel, reply)
@@ -105,7 +105,8 @@ def zygote(control: socket.socket) -> None:
             die_with_parent()
             os.dup2(sockets[0], 3)
             os.closerange(4, OPEN_FILES)
-            nowhere = os.open(os.devnull, os.O_RDWR)  # its own: flags of a shared one would stay
+            # a file of its own: flags that it sets on a shared one would stay for the next program
+            nowhere = os.open(os.devnull, os.O_RDWR)
             for file in (0, 1, 2):
                 os.dup2(nowhere, file)
             os.close(nowhere)
@@ -146,16 +147,17 @@ class Remote:
         return self._ask("getattr", self._name, name)
 
 
-for verb in ("setattr", "getitem", "iter", "len", "bool"):  # not eq, not contains: they would tell
+# Without eq and contains: they would send expected values to the candidate.
+for verb in ("setattr", "getitem", "iter", "len", "bool"):
     method = partialmethod(lambda self, verb, *a: self._ask(verb, self._name, *a), verb)
     setattr(Remote, f"__{verb}__", method)
 
 
 def taken_names(tests: ast.Module) -> tuple[set[str], set[str]]:
-    """Names that tests take from the program, and from the standard library.
+    """Names that tests take from the program, and modules that they take from Python.
 
     The tests alone decide that, so that no program can replace the abs of "abs(f(1.33)) < 1e-6". A
-    builtin is the program's if no other name is, as in "sum(10, 15) == 25".
+    builtin's name is taken from the program only if no other one is: "sum(10, 15) == 25".
     """
     nodes = list(ast.walk(tests))
     names = [node for node in nodes if isinstance(node, ast.Name)]
@@ -181,7 +183,7 @@ def become(argument: list | dict | set, value) -> None:
 def passes(candidate: socket.socket, program: str, tests: ast.Module) -> None:
     """Run a program in the candidate and the tests here; raises whatever goes wrong."""
 
-    def name_of(value) -> str | int:  # what a test has beyond data is the program's or a builtin
+    def name_of(value) -> str | int:  # an argument that is no data is the program's or a builtin
         return vars(value)["_name"] if isinstance(value, Remote) else value.__name__
 
     def ask(verb: str, name: str | int, *values):
@@ -202,11 +204,11 @@ def passes(candidate: socket.socket, program: str, tests: ast.Module) -> None:
     space = {name: Remote(ask, name) for name in taken}
     space |= {name: importlib.import_module(name) for name in modules}
     exec(compile(tests, "tests", "exec"), space)
-    ask("run", "")  # it is still there: no test took its end for an exception
+    ask("run", "")  # raises if the candidate has ended, which a test may have caught
 
 
 def verdict(control: socket.socket, program: str, tests: list[str], timeout: float):
-    """[did it pass?, what this system lacks to confine it] of one program."""
+    """[did the program pass?, what this system lacks to confine it]."""
     tree, wall = ast.parse("\n".join(tests)), WALL * timeout
     ours, theirs = socket.socketpair()
     socket.send_fds(control, [b"%d" % math.ceil(timeout)], [theirs.fileno()])
@@ -214,11 +216,11 @@ def verdict(control: socket.socket, program: str, tests: list[str], timeout: flo
     missing, passed, end = receive(ours), False, time.monotonic() + wall
     try:
         signal.setitimer(signal.ITIMER_PROF, wall + 1)  # ends this process in an endless C loop
-        signal.setitimer(signal.ITIMER_REAL, wall, 1.0)  # again, if a test swallows it
+        signal.setitimer(signal.ITIMER_REAL, wall, 1.0)  # again each second: a test may catch it
         passes(ours, program, tree)
         signal.setitimer(signal.ITIMER_REAL, 0)
         passed = time.monotonic() < end
-    except BaseException:  # the alarm too
+    except BaseException:  # the alarm, too
         signal.setitimer(signal.ITIMER_REAL, 0)
     ours.close()
     control.send(b"k")
@@ -228,11 +230,11 @@ def verdict(control: socket.socket, program: str, tests: list[str], timeout: flo
 
 
 def judge() -> None:
-    """The main of a judge's process: serves the trainer, at stdin, until that is gone."""
+    """The main function of a judge's process: serve the trainer, at stdin, until it is gone."""
     channel, nowhere = socket.socket(fileno=os.dup(0)), os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)
     limit(AS=MEMORY, NOFILE=OPEN_FILES)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a trainer may have passed on what it ignores
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the trainer may ignore it: that is inherited
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     ours, theirs = socket.socketpair()
@@ -246,7 +248,7 @@ def judge() -> None:
             os._exit(1)
     theirs.close()
     signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError))
-    warnings.simplefilter("ignore")  # of the tests' own escapes
+    warnings.simplefilter("ignore")  # tests may have odd escapes in their strings
     while True:
         try:
             request = receive(channel)
@@ -260,5 +262,5 @@ def judge() -> None:
 
 
 if __name__ == "__main__":
-    del sys.path[0]  # this project is not for programs
+    del sys.path[0]  # programs must not import this project
     judge()

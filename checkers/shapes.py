@@ -3,9 +3,10 @@ r"""Is an answer a formula of the question, only spelt in another way?
     Compute $55^2 - 45^2$        -45^{2}+0+55^2        a copy: nothing was computed
     Factor $x^2 + 5x + 6$        (x+2)(x+3)            no copy
 
-The shape of an expression is how it is put together: sums and products without order, brackets,
-neutral elements (0 + x, 1 x) and what cancels (x - x, x / x). No number is computed: 2 + 3 is not
-5. What stays equal under this was not worked out. Next to read: spelling.py.
+The shape of an expression is how it is put together. The order of sums and products does not count,
+and neither do brackets, neutral elements (0 + x, 1 x) and what cancels (x - x, x / x). No number is
+computed: 2 + 3 has another shape than 5. An answer with the shape of a formula of the question was
+not worked out. Next to read: spelling.py.
 """
 
 import re
@@ -61,7 +62,7 @@ def add(x, y):
 
 
 def multiply(x, y):
-    """Factors without order; those that are the same, but for numbers, are one power."""
+    """A product, in which order does not count; equal factors that are no numbers are one power."""
     factors = [*parts_of(x, "*"), *parts_of(y, "*")]
     if ZERO in factors:
         return ZERO
@@ -132,9 +133,9 @@ SHAPES = Algebra(
 
 
 def readings(text: str) -> list[tuple[str, list[tuple]]]:
-    """Each item and side, and (shape, value) of all expressions and terms in it, the whole last.
+    """Each item and side of a text, with (shape, value) of its expressions and terms.
 
-    A variable has the value that it has at the first point.
+    The whole item or side is the last of these. Variables have their values at the first point.
     """
     found = []
     for chunk in CHUNK.split(tidy(text)):
@@ -153,10 +154,10 @@ def squeezed(text: str) -> str:
 
 
 def is_copy(stated: str, gold: str, question: list[str]) -> bool:
-    """Is all that was stated in the formulas of the question, and not in the gold answer?
+    """Are the shapes of the stated answer those of the question, and not of the gold answer?
 
-    Or a part of it that is worth the answer: 2 (55^2 - 45^2) / 2. For matrices and unions of sets,
-    which have no shape: is it the same, letter by letter?
+    One part is enough if it is worth the answer, as in 2 (55^2 - 45^2) / 2. Plain numbers and names
+    are no copies. Matrices and unions of sets have no shape: they are compared letter by letter.
     """
     letters = squeezed(stated) if JOINED.search(stated) else ""
     if letters and letters != squeezed(gold) and letters in map(squeezed, question):

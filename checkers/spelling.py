@@ -4,9 +4,10 @@ r"""How is an answer spelt? LaTeX, ASCII and Unicode are brought to one spelling
     3 \text{ or } 4 \text{ feet}              3 ∨ 4 «feet»
     x<=5, √3/2                               x≤5, \sqrt{3}/2
 
-Words become «words», "and" a comma, "or" ∨, the end of a matrix row ¶, \setminus ∖, and the braces
-of a set ⦃ ⦄, so that answers.py can tell them from variables, exponents and groups. What a model
-writes with these signs itself becomes \unknown, and is not read. Next to read: sandbox.py.
+Words become «words», "and" becomes a comma, "or" ∨, the end of a matrix row ¶, \setminus ∖, and the
+braces of a set become ⦃ ⦄. So answers.py can tell them from variables, exponents and groups. Where
+a model writes one of these signs itself, it becomes \unknown, and the answer is not read.
+Next to read: sandbox.py.
 """
 
 import re
@@ -31,7 +32,7 @@ NUMERALS = "zero one two three four five six seven eight nine ten eleven twelve"
 
 
 def fill(pattern: str) -> str:
-    """A pattern of SPELLINGS, with what its words in capitals stand for."""
+    """A pattern of SPELLINGS, whose words in capitals (TEXT, END, NUMERAL) are replaced."""
     names = {"TEXT": r"\\(?:text(?:normal|rm|bf|it|sf|tt|up)?|[mh]box|mathrm|operatorname)"}
     for name, meaning in (names | {"END": END, "NUMERAL": "|".join(NUMERALS[2:])}).items():
         pattern = pattern.replace(name, meaning)
@@ -62,7 +63,7 @@ SPELLINGS = [
         (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|[^\s{])", " "),
         (r"\\langleEND", "("),
         (r"\\rangleEND", ")"),
-        # Digits in threes: 1{,}000  1,\!000  1\,000; plain 1,000 is seen to in `thousands`.
+        # Digits in threes: 1{,}000  1,\!000  1\,000. Plain 1,000 is left to answers.thousands.
         (r"(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!|\\[, ])\s*(?=\d{3}(?!\d))", ""),
         (r"(?<=\d):00(?=\s*(?:\\text\{\s*)?[aApP]\.?\s?[mM])", ""),  # 9:00 a.m.
         (r"^(\s*-?)\s*\\\$\s*(-?[\d.,]+)$", r"\1\2 dollars"),
@@ -114,7 +115,7 @@ BARE_WORDS = {"and": ",", "or": "∨"} | dict.fromkeys(("infinity", "inf", "oo")
 GLUED = re.compile(f"([A-Za-z]?)({'|'.join(FUNCTIONS)}|sqrt|pi)([A-Za-z]?)")  # xsqrt(2), sinx
 RUN = re.compile(r"\\(?:begin|end)\s*\{\w+\}|\\[A-Za-z]+|«[^»]*»|([A-Za-z]{2,})")
 
-# What a unit is called, by its short name; other words after a number may be there or not.
+# The short name of each spelling of a unit.
 UNITS = {
     spelling: names.split()[0]
     for names in (
@@ -130,8 +131,8 @@ UNITS = {
     for spelling in names.split()
 }  # fmt: skip
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-# Words that may stand behind a number or not: known units, nouns in the plural, and these. But with
-# a twist among them the number is not what it was.
+# Words that may be left out after a number are known units, nouns in the plural, and NOUNS. If one
+# of TWISTS is among them, they change the number, so they may not be left out.
 NOUNS = set(
     "unit way point clockwise counterclockwise percent percentage pct people men women children "
     "old sq square cubic".split()
@@ -157,7 +158,7 @@ OPENING, CLOSING = "([{⦃", ")]}⦄"
 
 
 def depths(text: str, opening: str = OPENING, closing: str = CLOSING) -> list[int]:
-    """How many brackets are open at each character; a closing one is outside."""
+    """How many brackets are open at each character; a closing bracket counts as outside."""
     return list(accumulate((letter in opening) - (letter in closing) for letter in text))
 
 
@@ -191,7 +192,7 @@ def trim(text: str) -> str:
 
 
 def spell_text(found: re.Match) -> str:
-    r"""\text{..}: numbers and separators as they are, and the rest «words»."""
+    r"""\text{..}: numbers and separators stay as they are, the rest becomes «words»."""
     command, content = found.groups()
     word = content.strip()
     if command in (r"\mathrm", r"\operatorname") and word in FUNCTIONS:
@@ -210,7 +211,7 @@ def spell_text(found: re.Match) -> str:
 def spell_run(found: re.Match) -> str:
     """Letters side by side: a function, a separator, a word, or variables."""
     letters = found[1]
-    if letters is None:  # a command or a word already
+    if letters is None:  # a command, or «words»
         return found[0]
     lower = letters.lower()
     if lower in BARE_WORDS:

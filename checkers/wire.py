@@ -1,9 +1,9 @@
-"""What passes between a judge and a program: plain data as JSON, with the types JSON lacks.
+"""What a judge and a program send each other: plain data as JSON, and types that JSON lacks.
 
     (1, {2: "a"})   ->   ["tuple", [1, ["dict", [[2, "a"]]]]]
 
-Neither pickle nor code: whatever the program sends, the judge makes values of the types below from
-it, whose methods and whose equality are Python's own. Next to read: models.py.
+Neither pickle nor code is sent. Whatever the program sends, the judge makes only values of the
+types below from it. Their methods and their equality are Python's own. Next to read: models.py.
 """
 
 import collections
@@ -13,7 +13,7 @@ import fractions
 import json
 import socket
 
-PARTS = {  # type: what one of it is made from
+PARTS = {  # type: the arguments from which a value of this type is made again
     complex: lambda z: (z.real, z.imag),
     range: lambda r: (r.start, r.stop, r.step),
     collections.deque: lambda d: (list(d),),
@@ -27,7 +27,7 @@ MAKE = {kind.__name__: kind for kind in PARTS} | {
     "list": list,
     "tuple": tuple,
     "iterator": iter,
-    "keys": lambda keys: {key: None for key in keys}.keys(),  # noqa: C420, an alarm can end it
+    "keys": lambda keys: {key: None for key in keys}.keys(),  # noqa: C420, an alarm can end the loop
     "items": lambda items: {key: value for key, value in items}.items(),  # noqa: C416
     "values": lambda values: dict(enumerate(values)).values(),
 }
@@ -39,12 +39,12 @@ COLLECTIONS = {
     "items": collections.abc.ItemsView,
     "values": collections.abc.ValuesView,
     "set": collections.abc.Set,
-    "iterator": collections.abc.Iterator,  # all that is left of it
+    "iterator": collections.abc.Iterator,  # the items that it has left
 }
 
 
 def pack(value, hold):
-    """A value as JSON. A subclass goes as what it subclasses, and what is no data as hold(it)."""
+    """A value as JSON: a subclass as its base class, an object that is no data as hold(object)."""
     if value is None or isinstance(value, bool | float | str):
         return value
     if isinstance(value, int):
@@ -63,7 +63,7 @@ def pack(value, hold):
 
 
 def unpack(data, held):
-    """What was packed, as plain data; held(number or name) is an object."""
+    """The value that was packed; held(number or name) gives an object that is no data."""
     if not isinstance(data, list):
         return data
     name, parts = data
@@ -73,7 +73,7 @@ def unpack(data, held):
         return int(parts, 16) if name == "int" else bytes.fromhex(parts)
     if name == "dict":
         return {unpack(key, held): unpack(item, held) for key, item in parts}
-    if name in ("set", "frozenset"):  # one by one, as keys and items: an alarm can end them
+    if name in ("set", "frozenset"):  # item by item, so that an alarm can end the loop
         items = {unpack(item, held) for item in parts}
         return items if name == "set" else frozenset(items)
     items = [unpack(item, held) for item in parts]

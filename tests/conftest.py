@@ -10,8 +10,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)
-os.environ["HF_HUB_OFFLINE"] = "1"  # a missing model is missing at once
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks want two GPUs, or none
+os.environ["HF_HUB_OFFLINE"] = "1"  # a missing model fails at once, without the network
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks need two GPUs, or none
 
 from experiments.compare import state_tensors as read_state  # noqa: F401
 from fused import fuse
@@ -22,19 +22,19 @@ from tasks import load_problems, read_chat
 
 @pytest.fixture
 def model():
-    """A random built-in model whose attention softcap and sliding window are felt."""
+    """A random built-in model whose attention softcap and sliding window change its results."""
     return make_model(seed=0)
 
 
 def make_model(seed: int):
     model = fuse(builtin_model(builtin_tokenizer(), seed)).eval()
     for layer in model.model.layers:
-        layer.self_attn.q_proj.weight.data *= 12  # at random init the softcap is invisible
+        layer.self_attn.q_proj.weight.data *= 12  # small random weights never reach the softcap
         layer.self_attn.k_proj.weight.data *= 12
         layer.self_attn.sliding_window = 7
     model.config.sliding_window = 7
     head = torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(seed))
-    model.lm_head.weight = torch.nn.Parameter(0.25 * head)  # tied, it would repeat its last input
+    model.lm_head.weight = torch.nn.Parameter(0.25 * head)  # a tied head repeats the last token
     return model
 
 

@@ -1,4 +1,4 @@
-"""A small Gemma 2 that has the real one's special tokens, ids and chat layout, made on the spot."""
+"""A small random Gemma 2 with the special tokens, the ids and the chat layout of the real one."""
 
 import json
 import random
@@ -48,7 +48,7 @@ def gemma_tokenizer(task: str = "math") -> PreTrainedTokenizerFast:
     core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
     trainer = BpeTrainer(vocab_size=900, special_tokens=SPECIAL, show_progress=False)
     core.train_from_iterator([*texts, MATH_PROMPT, MATH_CORRECTION, "model", "user\n"], trainer)
-    core.post_processor = processors.TemplateProcessing(  # as Gemma's, unless it is told not to
+    core.post_processor = processors.TemplateProcessing(  # adds <bos> by default, as Gemma's does
         single="<bos> $A", special_tokens=[("<bos>", SPECIAL.index("<bos>"))]
     )
     names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
@@ -62,7 +62,7 @@ def gemma_tokenizer(task: str = "math") -> PreTrainedTokenizerFast:
 
 
 def gemma_model(tokenizer, seed: int = 0) -> Gemma2ForCausalLM:
-    """Random weights; like the real one's, its generation_config ends at 1 and at 107."""
+    """Random weights; as in the real Gemma 2, generation_config has the end tokens 1 and 107."""
     torch.manual_seed(seed)
     config = Gemma2Config(
         vocab_size=len(tokenizer),
@@ -92,7 +92,7 @@ FORMS = {
 
 
 def fitted_checkpoint(folder: Path, task: str = "math") -> Path:
-    """A checkpoint that states some answer in the paper's form, so that rewards are alive."""
+    """A checkpoint that states some answer in the paper's form, so that some rewards are 1."""
     tokenizer = gemma_tokenizer(task)
     model, rng = gemma_model(tokenizer), random.Random(0)
     chat = read_chat(tokenizer, model, task)

@@ -42,7 +42,7 @@ FAMILIES = {
 
 
 def make(family: str, **settings):
-    """A random model of a family, whose attention and window are felt."""
+    """A random model of a family, whose attention and window change its results."""
     settings = {**FAMILIES.get(family, SIZES), **ENDS, **settings}
     config = getattr(transformers, f"{family}Config")(**settings)
     torch.manual_seed(0)
@@ -62,7 +62,7 @@ def asked():
 
 
 def chat_of(model):
-    """With many end tokens, so that attempts end at different times."""
+    """A chat with many end tokens, so that attempts end at different times."""
     chat = read_chat(gemma_tokenizer(), model, "sums")
     return chat.__class__(**{**vars(chat), "end_ids": (1, 107, *range(120, 320))})
 
@@ -115,7 +115,7 @@ def test_a_stopped_run_of_each_family_resumes_bit_for_bit(kind, tmp_path, monkey
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "stage1")
 
 
-def test_of_a_model_that_sees_pictures_the_text_part_is_trained(tmp_path, asked):
+def test_only_the_text_part_of_a_model_that_sees_pictures_is_trained(tmp_path, asked):
     text = {**FAMILIES["Gemma3Text"], **ENDS}
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
@@ -192,7 +192,7 @@ def test_a_model_that_is_sampled_and_scored_differently_is_refused_in_one_senten
         check_sampling(model, 60)
 
 
-def test_a_weight_that_is_not_a_number_is_told(asked):
+def test_a_weight_that_is_not_a_number_is_reported(asked):
     model = make("Llama")
     with torch.no_grad():
         model.lm_head.weight[5] = torch.nan
@@ -210,7 +210,7 @@ def test_each_token_is_read_once_and_a_prompt_once_for_all_its_samples(
     read, forward = [], RowCache.forward
 
     def counted(rows, tokens, positions, columns):
-        read.append(int((columns < rows.columns).sum()))  # pads stand in one more column
+        read.append(int((columns < rows.columns).sum()))  # pads are written to an extra column
         return forward(rows, tokens, positions, columns)
 
     monkeypatch.setattr(RowCache, "forward", counted)
@@ -220,7 +220,7 @@ def test_each_token_is_read_once_and_a_prompt_once_for_all_its_samples(
     first = sum(len(e.attempts[0].tokens) for e in episodes)
     closing = sum(not e.attempts[0].finished for e in episodes)
     again = closing + len(episodes) * len(chat.p1)
-    second = sum(len(e.attempts[1].tokens) - 1 for e in episodes)  # nothing follows the last
+    second = sum(len(e.attempts[1].tokens) - 1 for e in episodes)  # the last one is never read
     assert read[0] == prompts
     assert sum(read) == prompts + first + again + second
 

@@ -74,7 +74,7 @@ def test_training_has_the_ids_asked_for_and_no_others():
 @pytest.mark.parametrize(
     "ids", ["a", "-", "2-9", "511-99999999999", "1,4", "9000-9001", "12-11", ",", "-3"]
 )
-def test_ids_that_cannot_be_are_one_sentence(ids):
+def test_bad_ids_are_answered_in_one_sentence(ids):
     with pytest.raises(InputError, match="--ids"):
         load_problems("code", "train", data=str(CODE), ids=ids)
 
@@ -136,7 +136,7 @@ def test_rows_that_are_not_mbpps_are_named(change, words, tmp_path):
         load_problems("code", "train", data=folder)
 
 
-def test_a_setup_may_be_absent_and_a_split_that_is_not_asked_for_too(tmp_path):
+def test_a_setup_and_a_split_that_is_not_asked_for_may_be_absent(tmp_path):
     rows = [row for row in rows_of("mbpp") if row["task_id"] > 510]
     rows[0]["test_setup_code"] = None
     folder = write(tmp_path / "files", mbpp=rows, humaneval=rows_of("humaneval"))
@@ -146,7 +146,7 @@ def test_a_setup_may_be_absent_and_a_split_that_is_not_asked_for_too(tmp_path):
         load_problems("code", "mbpp", data=folder)
 
 
-def test_ids_of_mbpps_test_split_are_said_to_spoil_it(capsys):
+def test_training_on_ids_of_mbpps_test_split_prints_a_warning(capsys):
     read_ids.cache_clear()
     assert read_ids("510-511") == (510, 511)
     assert "--split mbpp, 11-510, is no test" in capsys.readouterr().err
@@ -242,7 +242,7 @@ def test_the_settings_of_code_are_table_8():
     assert cfg.steps1 + cfg.steps2 == 1500 and cfg.temperature == 1 and cfg.ids == "511-974"
 
 
-def test_training_has_live_rewards_and_shows_programs(trained):
+def test_training_earns_some_rewards_and_shows_programs(trained):
     lines = tree(trained)["lines"]
     assert [line["stage"] for line in lines] == ["1", "2"]
     assert lines[0]["kl_t1"] == 0 and any(line["acc_t1"] + line["acc_t2"] > 0 for line in lines)
@@ -341,7 +341,9 @@ def test_a_row_that_names_no_problem_or_program_is_named(row, tmp_path):
         (["--repair", "--attempts", "1"], "--repair needs --attempts 2"),
     ],
 )
-def test_bad_input_is_one_sentence_and_status_2(flags, words, coder, tmp_path, monkeypatch, capsys):
+def test_bad_input_gives_one_sentence_and_status_2(
+    flags, words, coder, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     assert run_eval("--model", coder, "--task", "code", "--data", CODE, *flags) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -349,7 +351,7 @@ def test_bad_input_is_one_sentence_and_status_2(flags, words, coder, tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
-def test_a_sandbox_that_does_not_work_is_one_sentence(coder, tmp_path, monkeypatch, capsys):
+def test_a_sandbox_that_does_not_work_gives_one_sentence(coder, tmp_path, monkeypatch, capsys):
     sandbox.close()
     monkeypatch.setattr(sys, "executable", "/bin/false")
     flags = ["--model", coder, "--task", "code", "--data", CODE, "--out", tmp_path / "out"]
@@ -377,7 +379,7 @@ LAYOUTS = {  # of a right program: {program}, indented {inside}, and the {body} 
     "printed": "```python\n{program}\n```\n```python\nprint(3)\n```\n```\n3\n```",
     "a list": "1. The program:\n   ```python\n{inside}\n   ```",
 }
-BODIES = {  # of HumanEval, as a base model goes on with its prompt
+BODIES = {  # of HumanEval's functions: a base model continues its prompt
     "a body": "{body}",
     "a fenced body": "```python\n{body}\n```",
     "a body and more": "{body}\n\nprint('done')",
@@ -405,7 +407,7 @@ def test_a_right_program_passes_in_every_layout():
     check_layouts([problem for _, problem in ALL])
 
 
-def test_helpers_of_another_part_are_found():
+def test_helpers_in_another_part_of_an_attempt_are_found():
     problem = next(problem for split, problem in ALL if problem.id == "HumanEval/0")
     parts = "```python\ndef more(x):\n    return x + 1\n```\n"
     parts += "```python\ndef add_one(n):\n    return more(n)\n```\n"

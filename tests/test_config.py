@@ -1,4 +1,4 @@
-"""Flags: what cannot work, and what is answered at once; the layout that lets all start."""
+"""Flags that cannot work, what needs no torch, and what the files of the project may import."""
 
 import ast
 import os
@@ -28,7 +28,7 @@ from config import EVAL_EXAMPLES, EXAMPLES, GROUPS, Config, parse_train_flags
         (["--stage", "stars"], "--stage stars is unknown"),
     ],
 )
-def test_stages_that_cannot_work_are_one_sentence(flags, words, checkpoint, tmp_path, capsys):
+def test_stages_that_cannot_work_give_one_sentence(flags, words, checkpoint, tmp_path, capsys):
     assert run_score("--model", checkpoint, "--out", tmp_path / "run", *SMALL, *flags) == 2
     message = capsys.readouterr().err
     assert words in message and message.count("\n") == 1
@@ -39,7 +39,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def started(script, folder, fake_torch, *flags):
-    """A script of this project in a process of its own, whose torch is another one."""
+    """Run a script of this project in a process of its own, where `fake_torch` is torch."""
     (folder / "torch.py").write_text(fake_torch)
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     command = [sys.executable, str(ROOT / script), *flags]
@@ -53,7 +53,7 @@ def test_help_and_a_mistyped_flag_do_not_wait_for_torch(script, tmp_path):
     assert done.returncode == 0 and "--temperature" in done.stdout and not done.stderr
     done = started(script, tmp_path, fake, "--outt", "x")
     assert done.returncode == 2 and done.stderr == f"{script}: unrecognized arguments: --outt x\n"
-    assert "torch was loaded" in started(script, tmp_path, fake).stderr  # the fake one is found
+    assert "torch was loaded" in started(script, tmp_path, fake).stderr  # the fake torch is used
 
 
 def test_help_groups_every_setting_and_its_examples_are_right(tmp_path):
@@ -75,7 +75,7 @@ def test_ctrl_c_while_torch_is_loaded_prints_nothing(script, tmp_path):
 
 
 def test_it_trains_on_a_system_without_fcntl_and_resource(checkpoint, tmp_path):
-    """As on Windows; there, programs cannot be run, and that is said in one sentence."""
+    """This is as on Windows, where programs cannot be run: one sentence says so."""
     code = """
 import contextlib, sys
 with contextlib.suppress(ImportError):
@@ -99,7 +99,7 @@ sys.exit(status)
 
 
 def imported(path: Path) -> set[str]:
-    """Names of modules that a file imports, wherever in it."""
+    """Names of the modules that a file imports, at its top or within functions."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
     found = {alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names}
     froms = [n for n in nodes if isinstance(n, ast.ImportFrom)]
@@ -118,12 +118,12 @@ def test_imports_go_one_way():
     assert not needs, f"a circle: {needs}"
 
 
-def test_torch_distributed_is_known_to_ranks_alone():
+def test_only_ranks_imports_torch_distributed():
     users = {p.stem for p in ROOT.glob("*.py") if "torch.distributed" in imported(p)}
     assert users == {"ranks"}
 
 
-def test_stages_are_named_in_their_table_alone():
+def test_stages_are_named_only_in_their_table():
     named = re.compile(r'"(0|1|1b|2|star|pair)[+"]')
     table = ROOT.joinpath("score.py").read_text()
     start, end = table.index("\nSCORE = ("), table.index("\nSTAGES = {")

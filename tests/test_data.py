@@ -184,7 +184,7 @@ def test_an_answer_is_the_solutions_last_box_where_none_is_given(rows):
         assert problem.answer == golds[problem.question]
 
 
-def test_a_problem_in_both_splits_is_named_whatever_its_spaces(tmp_path, rows):
+def test_a_problem_in_both_splits_is_found_even_if_its_spaces_differ(tmp_path, rows):
     twin = {**rows["test"][0], "problem": "  " + rows["test"][0]["problem"].replace(" ", "\n ")}
     folder = write(tmp_path / "math", train=[*rows["train"], twin], test=rows["test"])
     with pytest.raises(InputError, match="1 problems are in training and in test"):
@@ -194,7 +194,7 @@ def test_a_problem_in_both_splits_is_named_whatever_its_spaces(tmp_path, rows):
 # --- Files ---------------------------------------------------------------------------------------
 
 
-def test_only_a_line_feed_ends_a_line_and_a_byte_order_mark_is_none(tmp_path):
+def test_only_a_line_feed_ends_a_line_and_a_byte_order_mark_is_ignored(tmp_path):
     text = "one\u2028two\u2029three\u0085four\rfive"
     row = json.dumps({"problem": text, "answer": 4}, ensure_ascii=False)
     path = tmp_path / "rows.jsonl"
@@ -216,7 +216,7 @@ def test_only_a_line_feed_ends_a_line_and_a_byte_order_mark_is_none(tmp_path):
         ('{"problem": "1?", "answer": {"is": 1}}', "'answer' is {'is': 1}, no text"),
     ],
 )
-def test_a_bad_line_is_told_with_file_line_key_and_what_was_found(line, words, tmp_path):
+def test_a_bad_line_is_reported_with_file_line_key_and_what_was_found(line, words, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"problem": "0?"}\n\n' + line + "\n")
     with pytest.raises(InputError) as found:

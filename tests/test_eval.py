@@ -26,7 +26,7 @@ def run_eval(*flags):
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path, monkeypatch):
-    """What has no folder of its own is written to runs/eval."""
+    """Work in tmp_path: an evaluation without a folder of its own is written to runs/eval."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -42,12 +42,12 @@ def test_eval_writes_metrics_and_every_transcript(checkpoint, tmp_path, capsys):
     assert len(lines) == 6 and len(json.loads(lines[0])["attempts"]) == 3
     for name in ("acc_t1", "acc_t3", "delta", "delta_i_to_c", "copied", "edit_ratio", "cut_off"):
         assert name in printed and name in record["metrics"]
-    assert run_eval("--model", checkpoint, "--problems", 6, "--attempts", 3) == 0  # the same again
+    assert run_eval("--model", checkpoint, "--problems", 6, "--attempts", 3) == 0  # again
     assert (
         json.loads((tmp_path / "runs" / "eval" / checkpoint.name / "metrics.json").read_text())
         == record
     )
-    assert run_eval("--model", checkpoint, "--problems", 5) == 2  # another: not over it
+    assert run_eval("--model", checkpoint, "--problems", 5) == 2  # does not overwrite the other
     assert "name another folder" in capsys.readouterr().err
     assert run_eval("--model", checkpoint, "--problems", 5, "--out", tmp_path / "other") == 0
 
@@ -59,7 +59,7 @@ def test_metrics_are_written_last_since_they_say_that_all_is_done(checkpoint, mo
     assert written == ["transcripts.jsonl", "metrics.json"]
 
 
-def test_a_checkpoint_is_asked_as_in_its_run_unless_other_is_typed(checkpoint, tmp_path, capsys):
+def test_a_checkpoint_is_asked_as_in_its_run_unless_flags_are_given(checkpoint, tmp_path, capsys):
     out = tmp_path / "run"
     flags = ["--model", checkpoint, "--out", out, "--batch", 4, "--k", 2, "--steps1", 1]
     flags += ["--stage", 1, "--problems", 6, "--max-new-tokens", 12]
@@ -82,7 +82,7 @@ def test_a_checkpoint_is_asked_as_in_its_run_unless_other_is_typed(checkpoint, t
     assert parse_eval_flags("", given).problems == 2000
 
 
-def test_an_evaluation_goes_into_no_other_folder(checkpoint, tmp_path, capsys):
+def test_an_evaluation_is_not_written_to_a_folder_of_other_files(checkpoint, tmp_path, capsys):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("years of work")
     for out in (tmp_path / "notes", checkpoint):
@@ -96,7 +96,7 @@ def test_an_interval_is_never_minus_zero(checkpoint, monkeypatch, capsys):
     assert "[0.000, 0.000]" in capsys.readouterr().out
 
 
-def test_nobody_needs_to_read_on(checkpoint, tmp_path):
+def test_a_closed_pipe_ends_an_evaluation_quietly_after_it_is_written(checkpoint, tmp_path):
     command = [sys.executable, evaluation.__file__, "--model", checkpoint]
     command += ["--task", "sums", "--problems", "2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -144,7 +144,7 @@ def test_one_question_is_attempted_twice_and_not_judged(checkpoint, monkeypatch,
         ([], "--model"),
     ],
 )
-def test_bad_input_is_one_sentence_and_status_2(
+def test_bad_input_gives_one_sentence_and_status_2(
     flags, words, checkpoint, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -176,9 +176,9 @@ def attempt(text: str, right: str = "2") -> Attempt:
         (["3"], 0.0),
         (["3", "2", "2"], 1.0),
         (["3", "3", "2"], 0.0),
-        (["2", "3"], 1.0),  # as many: the first stated
+        (["2", "3"], 1.0),  # a tie: the answer that was stated first wins
         (["3", "2"], 0.0),
-        (["?", "?", "?", "2"], 1.0),  # what states nothing has no vote
+        (["?", "?", "?", "2"], 1.0),  # an attempt that states no answer has no vote
         (["?", "?"], 0.0),
         ([], 0.0),
     ],
@@ -192,7 +192,7 @@ def test_answers_that_are_equal_in_other_words_vote_together():
     assert vote([attempt(text, ballots[1]) for text in ballots], "math") == 1.0
 
 
-def test_both_get_the_same_budget_and_corrections_follow_the_first_attempts():
+def test_both_kinds_of_votes_get_the_same_budget_and_corrections_follow_the_first_attempts():
     calls = []
 
     def evaluate(problems, sampling, begun):
@@ -226,7 +226,7 @@ def test_the_command_prints_what_it_writes_and_draws_it(checkpoint, tmp_path, ca
 @pytest.mark.parametrize(
     "flags", [["--samples", "-1"], ["--samples", "2", "--attempts", "3"]], ids=str
 )
-def test_bad_samples_are_one_sentence(flags, checkpoint, tmp_path, monkeypatch, capsys):
+def test_bad_samples_give_one_sentence(flags, checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run_eval("--model", checkpoint, *flags) == 2
     assert "eval.py: --samples must be 1 or more" in capsys.readouterr().err
@@ -249,7 +249,7 @@ def test_self_refine_asks_for_feedback_and_then_for_attempt_2():
     problems = load_problems("math", "train", 2, str(FILES))
     model = gemma_model(tokenizer).eval()
     episodes = rollout(model, chat, problems, Sampling(3, 4, 0.0))
-    for made in episodes:  # the third answer follows all that was said, token for token
+    for made in episodes:  # each attempt follows all tokens before it, also those of the feedback
         context = list(made.x1)
         for number, answer in enumerate(made.attempts, start=1):
             with torch.no_grad():

@@ -21,7 +21,7 @@ KNOWN = [family for family in FAMILIES if family not in ("Phi3", "GPT2")]
 
 @pytest.fixture(params=FAMILIES)
 def pair(request):
-    """A model with its own modules, and the same fused; norms of all sizes."""
+    """A model with its own modules, and the same model fused; their norms have random weights."""
     own = make(request.param)
     with torch.no_grad():
         for weight in own.parameters():
@@ -42,7 +42,7 @@ def gradient(model, tokens: torch.Tensor) -> torch.Tensor:
 # --- 1. The same results -------------------------------------------------------------------------
 
 
-def test_what_a_family_computes_and_its_gradient_stay(pair):
+def test_fusing_changes_neither_results_nor_gradient(pair):
     own, ours = pair
     tokens = tokens_of()
     torch.testing.assert_close(ours(tokens).logits, own(tokens).logits, rtol=0, atol=2e-5)
@@ -51,7 +51,7 @@ def test_what_a_family_computes_and_its_gradient_stay(pair):
 
 
 @pytest.mark.parametrize("family", KNOWN)
-def test_all_of_a_family_is_replaced(family):
+def test_all_norms_mlps_and_attentions_of_a_family_are_replaced(family):
     model = fuse(make(family))
     kinds = [type(module).__name__ for module in model.modules()]
     assert not [kind for kind in kinds if kind.endswith(("RMSNorm", "MLP", family + "Attention"))]
@@ -60,7 +60,7 @@ def test_all_of_a_family_is_replaced(family):
         assert sum(isinstance(module, kind) for module in model.modules()) == count
 
 
-def test_weights_keep_names_and_order_and_are_those_of_before(pair):
+def test_weights_keep_their_names_and_order_and_are_not_copied(pair):
     own, ours = pair
     assert list(own.state_dict()) == list(ours.state_dict())
     assert [n for n, _ in own.named_parameters()] == [n for n, _ in ours.named_parameters()]
@@ -118,7 +118,7 @@ def test_rotation_moves_each_position_by_its_angle():
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_attention_is_its_formula(softcap):
-    """Heads 0 and 1 share the first keys, 2 and 3 the second; large scores feel the softcap."""
+    """Heads 0 and 1 share the first keys, 2 and 3 the second. Scores are large for the softcap."""
     draw = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, n, 5, 8, generator=draw) for n in (4, 2, 2))
     mask = torch.zeros(2, 1, 5, 5).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
@@ -200,7 +200,7 @@ def test_a_copied_or_moved_model_is_not_sampled_with_the_old_weights(joined):
     moved = copy.deepcopy(joined).double()
     with torch.inference_mode():
         assert not fused.usable(parts_of(moved)[0].joined)
-    parts_of(joined)[0].q_proj = torch.nn.Sequential(parts_of(joined)[0].q_proj)  # as an adapter is
+    parts_of(joined)[0].q_proj = torch.nn.Sequential(parts_of(joined)[0].q_proj)  # like an adapter
     join(joined)
     assert parts_of(joined)[0].joined is None
 
@@ -226,8 +226,8 @@ def test_a_step_of_decoding_of_26_layers_starts_at_most_700_operations(dtype):
     assert ours.total() < 0.6 * own.total()
 
 
-def test_compiled_a_model_samples_and_learns_the_same(chat, problems):
-    """Traced, and backwards, too; what inductor makes of it takes minutes on a CPU."""
+def test_a_compiled_model_samples_and_learns_the_same(chat, problems):
+    """The backends only trace it, forward and backward: inductor takes minutes on a CPU."""
     model = fuse(make("Gemma2", num_hidden_layers=1))
     sampler, learner = copy.deepcopy(model), copy.deepcopy(model)
     models.compile_body(sampler, backend="eager")
@@ -237,7 +237,7 @@ def test_compiled_a_model_samples_and_learns_the_same(chat, problems):
     found.clear()
 
     def graphs(count: int, width: int) -> int:
-        """After sampling so many problems, and learning from so many tokens."""
+        """The graphs so far, after `count` problems are sampled and rows of `width` are learned."""
         asked = problems[:count]
         there, here = (rollout(m, chat, asked, Sampling(2, 4, 1.0)) for m in (model, sampler))
         assert [e.attempts for e in there] == [e.attempts for e in here]
@@ -255,6 +255,6 @@ def test_compiling_without_a_compiler_is_refused_in_one_sentence(model, monkeypa
         models.compile_body(model)
 
 
-def test_loading_fuses(checkpoint):
+def test_a_loaded_model_is_fused(checkpoint):
     model = load_model(str(checkpoint))
     assert parts_of(model) and model.config._attn_implementation == GROUPED

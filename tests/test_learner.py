@@ -18,7 +18,7 @@ from tasks import TASKS
 
 @pytest.fixture
 def rewarding(monkeypatch):
-    """Let the bits of an attempt decide what is right, so that a random model leaves traces."""
+    """Let a hash of an attempt decide if it is right, so that a random model earns rewards."""
     sums = TASKS["sums"]
     bits = lambda texts, _: [zlib.crc32(t.encode()) % 2.0 for t in texts]  # noqa: E731
     fair = replace(sums, states=lambda text, _: text, keeps="", rewards=bits)
@@ -57,12 +57,12 @@ def test_each_iteration_of_star_samples_the_one_before_and_learns_from_the_start
     assert equal(starts[1][0], begun) and equal(starts[1][1], made["star"])
     assert equal(starts[2][0], made["star-2"]) and equal(starts[2][1], made["star-2"])
     lines = tree(out)["lines"]
-    assert [line["stage"] for line in lines] == ["star"] * 6 + ["pair"] * 3  # steps2 of each
-    assert {line["learned"] for line in lines} - {0.0, 1.0}  # some episodes of a batch
+    assert [line["stage"] for line in lines] == ["star"] * 6 + ["pair"] * 3  # each has 3 steps
+    assert {line["learned"] for line in lines} - {0.0, 1.0}  # some learn from a part of a batch
     assert set(tree(out)["results"]) == {"base", "base, sampled", "star", "star-2", "pair"}
 
 
-def test_alarms_are_about_a_policy_that_samples_itself(checkpoint, tmp_path, monkeypatch):
+def test_alarms_are_raised_only_where_the_policy_itself_samples(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "raise_alarms", lambda *_, **__: ["rang"])
     flags = ["--model", checkpoint, "--out", tmp_path, *SMALL, "--steps1", 1, "--steps2", 1]
     assert run_score(*flags, "--stage", "1,star,0,pair") == 0
@@ -93,12 +93,12 @@ def test_an_interrupted_run_of_any_stages_goes_on_bit_for_bit(
     flags = ["--model", checkpoint, *SMALL, "--steps1", 3, "--steps2", 3, "--stage", plan]
     flags += ["--lr", "0.01"]
     flags += ["--attempts", 3] if "1b" in plan else []
-    # at the end of a stage, and after a save within the second
+    # at the end of the first stage, and after a save within the second
     assert_goes_on_as_if_never_interrupted(flags, (2, 5), tmp_path, monkeypatch)
 
 
 def assert_goes_on_as_if_never_interrupted(flags, steps, tmp_path, monkeypatch):
-    """A run that is interrupted after one of these steps, and resumed, is the whole run."""
+    """A run that is interrupted after one of these steps, and resumed, equals the whole run."""
     assert run_score(*flags, "--out", tmp_path / "whole") == 0
     for step in steps:
         out = tmp_path / f"stopped{step}"
@@ -143,7 +143,7 @@ def test_an_adaptive_beta2_is_logged_used_and_resumed(checkpoint, tmp_path, monk
     used, objective = [], score.stage1_objective
 
     def watched(y, beta1, beta2):
-        if y[0].kl.shape[1] > 1:  # not of score.multipliers
+        if y[0].kl.shape[1] > 1:  # score.multipliers calls it, too, with one token
             used.append(beta2)
         return objective(y, beta1, beta2)
 
@@ -160,7 +160,7 @@ def test_an_adaptive_beta2_is_logged_used_and_resumed(checkpoint, tmp_path, monk
     assert [line["beta2"] for line in tree(tmp_path / "two")["lines"]] == logged
 
 
-def test_stage_2_goes_on_from_the_last_stage_of_a_run_in_parts(
+def test_stage_2_in_a_second_command_goes_on_from_the_last_stage_of_the_first(
     checkpoint, tmp_path, monkeypatch, rewarding
 ):
     flags = ["--model", checkpoint, "--out", tmp_path / "run", *SMALL, "--lr", "0.01"]

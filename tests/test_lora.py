@@ -52,7 +52,7 @@ def adapters(model):
 
 
 def noisy(model, by=0.05):
-    """The model, its adapters moved away from the base."""
+    """The model, with noise added to its adapters, so that it differs from the base."""
     noise = torch.Generator().manual_seed(1)
     for weight in adapters(model):
         weight.data += by * torch.randn(weight.shape, generator=noise)
@@ -70,7 +70,7 @@ def learner(model, chat):
 
 
 class Enumerated:
-    """The next-token log-probs of a model with 3 tokens along all 81 episodes, as Tabular's."""
+    """A model with a vocabulary of 3: its log-probs along all 81 episodes, in Tabular's form."""
 
     def __init__(self, model):
         self.model = model
@@ -312,7 +312,7 @@ def test_two_processes_learn_the_same_adapters_as_one(tmp_path):
     assert run_score("--out", tmp_path / "one", *flags) == 0
     finish(torchrun(score.__file__, "--out", tmp_path / "two", *flags))
     lines = tree(tmp_path / "one")["lines"]
-    assert any(line["acc_t1"] + line["acc_t2"] > 0 for line in lines)  # rewards are alive
+    assert any(line["acc_t1"] + line["acc_t2"] > 0 for line in lines)  # some rewards are 1
     assert_close(tmp_path / "one", tmp_path / "two", atol=1e-5)
 
 
@@ -352,7 +352,7 @@ def test_new_adapters_are_the_same_for_a_seed(model):
         (["--init", "no/such", "--lora", "4"], "no/such"),
     ],
 )
-def test_bad_input_is_one_sentence_and_nothing_is_written(
+def test_bad_input_gives_one_sentence_and_writes_nothing(
     flags, words, checkpoint, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -394,7 +394,7 @@ def test_without_peft_one_sentence_says_what_to_install(checkpoint, tmp_path, mo
         (["--merge", "adapters", "--out", "base/config.json"], "is a file"),
     ],
 )
-def test_a_merge_that_cannot_be_is_one_sentence(flags, words, tmp_path, monkeypatch, capsys):
+def test_a_merge_that_cannot_work_gives_one_sentence(flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tokenizer = builtin_tokenizer()
     save_checkpoint(tmp_path / "base", builtin_model(tokenizer, 0), tokenizer)

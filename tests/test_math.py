@@ -42,7 +42,7 @@ def finished(small_gemma, tmp_path_factory):
     return out
 
 
-def test_training_moves_the_policy_with_live_rewards_in_bfloat16(finished, small_gemma):
+def test_training_in_bfloat16_earns_rewards_and_moves_the_policy(finished, small_gemma):
     lines = tree(finished)["lines"]
     assert [line["stage"] for line in lines] == ["1", "1", "2", "2"]
     assert lines[0]["kl_t1"] == 0 == lines[0]["kl_t2"]  # rounded masters are the reference
@@ -56,7 +56,7 @@ def test_training_moves_the_policy_with_live_rewards_in_bfloat16(finished, small
         not torch.equal(a, b) for a, b in zip(base.parameters(), policy.parameters(), strict=True)
     )
     assert read_chat(tokenizer, policy, "math").end_ids == (1, 107)
-    state = read_state(finished)  # of the last step, whose masters the checkpoint has rounded
+    state = read_state(finished)  # of the last step; the checkpoint holds its masters, rounded
     for name, weight in policy.named_parameters():
         master = state[f"weights.{name}"]
         assert master.dtype == torch.float32 and torch.equal(master.bfloat16(), weight)
@@ -85,7 +85,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(finished, small_gemma, tmp_path,
     assert_equal(tree(out), tree(finished))
 
 
-def test_evaluation_tells_levels_and_subjects_and_writes_every_transcript(finished, capsys):
+def test_evaluation_prints_levels_and_subjects_and_writes_every_transcript(finished, capsys):
     flags = ["--model", finished / "stage1", "--task", "math", "--data", FILES]
     assert evaluation.main([*map(str, flags), "--problems", "500"]) == 0
     printed = capsys.readouterr().out
@@ -144,7 +144,7 @@ def test_a_sharded_reference_that_has_computed_takes_all_weights_of_another_mode
     learner = make_learner(small_gemma, "bfloat16")
     rows = [transcript(episode, learner.chat) for episode in episodes_of(learner)]
     tokens, _, _, places = collate(rows, "cpu")
-    score.log_probs_and_kl(learner, tokens, places)  # what looked forward is still gathered
+    score.log_probs_and_kl(learner, tokens, places)  # leaves weights of the reference gathered
     other = load_checkpoint(str(small_gemma), "bfloat16")[0]
     for weight in other.parameters():
         weight.data += 1
@@ -213,7 +213,7 @@ def test_rows_side_by_side_do_not_change_what_is_sampled(small_gemma):
         (["--micro-tokens", "0"], "--micro-tokens"),
     ],
 )
-def test_bad_input_is_one_sentence_and_writes_nothing(
+def test_bad_input_gives_one_sentence_and_writes_nothing(
     flags, words, small_gemma, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The counter of experiments/memory.py: fake tensors against real ones, and sizes by hand."""
+"""The counter of experiments/memory.py, checked with real tensors and with sizes by hand."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def short_prompts(monkeypatch):
     ("name", "given"),
     [("gemma-2-2b", {}), ("gemma-2-2b", {"lora": 4}), ("qwen2.5-1.5b", {"lora": 4})],
 )
-def test_fake_tensors_take_what_real_ones_take(name, given):
+def test_fake_tensors_are_counted_as_real_ones(name, given):
     config, cfg = make_config(name, **SMALL), settings(**given)
     real = peaks(Counter(), make_learner(config, cfg, prompt=30))
     if torch.distributed.is_initialized():
@@ -33,7 +33,7 @@ def test_fake_tensors_take_what_real_ones_take(name, given):
     assert count(config, cfg, prompt=30, every=1) == pytest.approx(real, rel=0.02)
 
 
-def test_storages_are_counted_once_until_nobody_holds_them():
+def test_a_storage_is_counted_once_until_no_tensor_holds_it():
     counter = Counter()
     with counter:
         x = torch.zeros(100)
@@ -51,7 +51,7 @@ def test_lora_holds_the_weights_once_and_full_training_holds_all_copies():
     config = make_config("gemma-2-2b", **SMALL)
     with torch.device("meta"):
         weights = memory.transformers.AutoModelForCausalLM.from_config(config).num_parameters()
-    cfg = settings(rows=4, max_new_tokens=2)  # next to nothing but weights
+    cfg = settings(rows=4, max_new_tokens=2)  # hardly any memory but that of weights
     full, _ = count(config, cfg, prompt=30)
     of_lora, _ = count(config, settings(rows=4, max_new_tokens=2, lora=1), prompt=30)
     assert 16 * weights < full < 20 * weights  # masters, Adam (4 + 8), reference, copy (2 + 2)

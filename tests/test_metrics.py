@@ -92,7 +92,7 @@ def test_delta_is_gained_minus_lost_for_any_episodes():
     assert metrics["delta"] == pytest.approx(difference)
 
 
-def test_a_share_of_a_reward_is_not_accuracy():
+def test_a_reward_below_1_does_not_count_as_right():
     assert measure([episode("1", "2", 0.5, 0.9)])["acc_t2"] == 0
 
 

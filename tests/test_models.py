@@ -1,4 +1,4 @@
-"""Checkpoints, the head by hand, masters, Adam, and bfloat16."""
+"""Checkpoints, the model in two parts (body and head), float32 masters, Adam, and bfloat16."""
 
 import copy
 
@@ -91,7 +91,7 @@ def test_steps_too_small_for_bfloat16_add_up_in_the_masters():
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_stage_goes_back_to_a_checkpoint_weights_and_all(precision):
+def test_a_policy_takes_all_weights_of_a_checkpoint(precision):
     policy, _, copied = distributed(precision)
     other = make_model(1).to(getattr(torch, precision))
     ranks.copy_weights(policy, other)
@@ -119,7 +119,7 @@ def test_a_saved_adam_goes_on_as_if_it_had_never_stopped(tmp_path):
     ranks.load_sharded(models.state_of(again, fresh), tmp_path / "state")
     steps(policy, optimizer, 2)
     steps(again, fresh, 2)
-    steps(twin, usual, 4)  # a state that is there from the start changes nothing
+    steps(twin, usual, 4)  # models.adam makes its state at the start: that changes nothing
     for one, two, three in zip(*(m.parameters() for m in (policy, again, twin)), strict=True):
         assert torch.equal(one, two) and torch.equal(one, three)
 
@@ -139,7 +139,7 @@ def test_recomputed_activations_give_the_same_gradient_and_sampling_still_has_it
     assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
 
 
-def test_recomputing_is_refused_where_a_model_does_not_know_it(monkeypatch):
+def test_recomputing_is_refused_where_a_model_does_not_support_it(monkeypatch):
     model = make_model(0)
     monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
     with pytest.raises(InputError, match="--recompute"):
@@ -169,7 +169,7 @@ def test_loading_sets_the_precision_and_takes_dropout_out_and_gemma_2_keeps_its_
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", recorded)
     assert load_checkpoint(str(tmp_path / "gemma"))[0].config._attn_implementation == "grouped"
     load_checkpoint(str(tmp_path / "gpt2"))
-    assert asked == ["eager", None]  # asked for by name, since the default may drop the softcap
+    assert asked == ["eager", None]  # Gemma 2's default attention may drop the softcap
 
 
 def test_the_kv_cache_is_gone_when_the_rollout_returns(chat, problems):

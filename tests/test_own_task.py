@@ -1,4 +1,4 @@
-"""Tasks of one's own: a Python file, and files of questions and answers."""
+"""Your own task: a Python file, or files of questions and answers."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_the_example_trains_goes_on_and_is_evaluated_from_elsewhere(
     assert run(score.main, "--resume", "--out", out, "--steps2", 2) == 0
     samples = (out / "samples.txt").read_text()
     assert any(p.answer in samples for p in load_problems(str(EXAMPLE), "train"))
-    asked = ["--model", out / "stage2"]  # as in its run
+    asked = ["--model", out / "stage2"]  # the other settings are those of the run
     assert run(evaluation.main, *asked) == 0
     settings = json.loads((out / "eval" / "stage2" / "metrics.json").read_text())["settings"]
     assert (settings["task"], settings["problems"]) == (str(EXAMPLE), "4")
@@ -58,7 +58,7 @@ def test_the_example_trains_goes_on_and_is_evaluated_from_elsewhere(
     assert "attempt 2" in capsys.readouterr().out
 
 
-def test_its_reward_is_the_words_in_reverse_order_and_its_splits_share_nothing():
+def test_the_example_rewards_words_in_reverse_order_and_its_splits_share_nothing():
     task = find_task(str(EXAMPLE))
     train, test = (load_problems(str(EXAMPLE), split) for split in ("train", "test"))
     assert len(train) == len(test) == 3000 and not {p.id for p in train} & {p.id for p in test}
@@ -71,7 +71,7 @@ def test_its_reward_is_the_words_in_reverse_order_and_its_splits_share_nothing()
     assert [task.states(attempt, problem) for attempt in ("", "ant")] == [None, "ant"]
 
 
-def test_the_tutorial_shows_it_whole():
+def test_the_tutorial_shows_the_whole_example():
     text = EXAMPLE.read_text()
     assert text.partition('"""\n\n')[2] in (EXAMPLE.parent.parent / "TUTORIAL.md").read_text()
     code = text.partition('"""')[2].partition('"""')[2]
@@ -108,7 +108,7 @@ REWARDS = "rewards=each(lambda answer, problem: answer.split() == problem.answer
         (TASK.replace('"steps1": 200', '"stepps": 200'), "sets 'stepps' in training"),
     ],
 )
-def test_a_faulty_file_is_one_sentence(text, words, small, tmp_path, capsys):
+def test_a_faulty_file_gives_one_sentence(text, words, small, tmp_path, capsys):
     file = tmp_path / "mine.py"
     file.write_text(text)
     out = tmp_path / "run"
@@ -180,7 +180,7 @@ def test_columns_may_have_other_names_and_solutions_end_in_their_answer(folder, 
         load_problems("answers", "train", data=str(folder), columns="q,how")
 
 
-def test_a_comma_outside_of_quotes_is_told(folder):
+def test_a_comma_outside_of_quotes_is_reported(folder):
     (folder / "train.csv").write_text("question,answer\n1?,1\nCapital of the USA?,Washington, D.C.")
     (folder / "test.csv").write_text("question,answer\n2?,2")
     with pytest.raises(InputError, match=r"train.csv, row 2 has not as many cells.*quotes.*USA"):
@@ -191,7 +191,7 @@ def test_a_comma_outside_of_quotes_is_told(folder):
         load_problems("answers", "train", data=str(folder))
 
 
-def test_an_answer_that_is_no_mathematics_is_right_to_the_letter(folder, capsys):
+def test_an_answer_that_is_no_mathematics_is_compared_to_the_letter(folder, capsys):
     words = ["Gauß", "東京", "H2O", "C#", "Washington, D.C.", "O'Neill", "snow_white", "Is it? No."]
     solution = "We add 3 and 4. " * 9
     rows = [{"question": f"{n}?", "answer": word} for n, word in enumerate([*words, solution])]
@@ -224,7 +224,7 @@ def test_a_data_set_of_the_hub_may_have_a_configuration(folder, tmp_path, monkey
     assert asked == [("openai/gsm8k", "main", split) for split in ("train", "test")]
 
 
-def test_own_questions_are_trained_on_in_own_words(folder, small, tmp_path, monkeypatch, capsys):
+def test_own_questions_are_asked_with_own_prompts(folder, small, tmp_path, monkeypatch, capsys):
     for split, rows in (("train", TRAIN), ("test", TEST)):
         (folder / f"{split}.csv").write_text(as_csv(rows), encoding="utf-8")
     (tmp_path / "prompt.txt").write_text("Answer this: {question} Please!")
@@ -240,7 +240,7 @@ def test_own_questions_are_trained_on_in_own_words(folder, small, tmp_path, monk
     for flag in ("--data", "--prompt", "--correction"):
         assert f"{flag} {tmp_path}" in printed
     asked = ["--model", "stage2", *flags[:4], *flags[6:], "--problems", 4, "--precision", "float32"]
-    monkeypatch.chdir(out)  # the same in other words is the same evaluation
+    monkeypatch.chdir(out)  # the same settings, given in another way, are the same evaluation
     assert run(evaluation.main, *asked) == 0
     for name in ("prompt", "again"):
         path = tmp_path / f"{name}.txt"

@@ -1,4 +1,4 @@
-"""Many processes: the same run as one, whatever their number, and none that waits for ever."""
+"""Many processes make the same run as one, and none of them waits for ever."""
 
 import json
 import os
@@ -25,15 +25,16 @@ from learner import build
 from models import load_checkpoint, save_checkpoint
 
 # Attempts of many lengths, live rewards, micro-batches that do not divide evenly.
-# The policy begins beside the base (--init): at a gradient of 0 Adam would make a step of rounding.
+# The policy does not begin at the base itself (--init): where the gradient is 0, Adam would turn
+# rounding errors into whole steps.
 FLAGS = ["--task", "math", "--data", FILES, "--precision", "float32", "--batch", "12", "--k", "4"]
 FLAGS += ["--steps1", "4", "--steps2", "2", "--problems", "5", "--max-new-tokens", "40"]
 FLAGS += ["--micro-tokens", "1500", "--save-every", "2", "--show-every", "1", "--lr", "5e-5"]
-FLAGS += ["--stage", "1,star+,2"]  # what samples and what learns are one, two, and one again
+FLAGS += ["--stage", "1,star+,2"]  # in star+, one model samples and another one learns
 
 
 def torchrun(script, *flags, processes=2, agent=()):
-    """A torchrun of so many processes; one thread each, as torchrun has it."""
+    """Start torchrun with so many processes, of one thread each, as is torchrun's default."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     command += [*agent, script, *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -77,7 +78,7 @@ def alone(flags, tmp_path_factory):
 def pair(flags, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "pair"
     printed, _ = finish(torchrun(score.__file__, "--out", out, *flags))
-    assert printed.count("done in") == 1  # rank 0 alone speaks
+    assert printed.count("done in") == 1  # only rank 0 prints
     return out
 
 
@@ -97,8 +98,8 @@ def assert_close(one: Path, two: Path, atol: float):
 
 def test_two_processes_learn_the_same_as_one(alone, pair):
     lines = tree(alone)["lines"]
-    assert any(line["acc_t1"] + line["acc_t2"] > 0 for line in lines)  # rewards are alive
-    assert {line["length_t1"] for line in lines} != {40.0}  # and lengths differ
+    assert any(line["acc_t1"] + line["acc_t2"] > 0 for line in lines)  # some rewards are 1
+    assert {line["length_t1"] for line in lines} != {40.0}  # not all attempts are cut off
     assert_close(alone, pair, atol=1e-5)
 
 
@@ -128,7 +129,7 @@ ranks.run_command(score.main)
 
 
 def faulty(folder: Path, fault: str) -> Path:
-    """score.py, but that something befalls the second rank before the second step."""
+    """score.py, except that `fault` runs on the second rank before the second step."""
     folder.mkdir(exist_ok=True)
     (folder / "driver.py").write_text(
         DRIVER.format(root=str(Path(score.__file__).parent), fault=fault)
@@ -160,7 +161,7 @@ def test_one_process_resumes_what_two_left(preempted, pair, tmp_path):
     assert_close(tmp_path / "run", pair, atol=1e-5)
 
 
-def test_what_two_ranks_saved_one_reads_exactly(preempted):
+def test_one_process_reads_exactly_what_two_ranks_saved(preempted):
     saved = read_state(preempted)
     cfg = configure({**json.loads((preempted / "config.json").read_text())["settings"]})
     learner, _ = build(cfg, [], "", same_base=True)
@@ -182,7 +183,7 @@ def test_two_processes_go_on_from_what_one_left(flags, tmp_path):
     assert one["samples"] == two["samples"]
 
 
-def test_two_nodes_are_two_processes(flags, pair, tmp_path):
+def test_two_nodes_learn_the_same_as_two_processes(flags, pair, tmp_path):
     nodes, port = [], free_port()
     for node in range(2):
         agent = ["--nnodes=2", f"--node_rank={node}", "--master_addr=127.0.0.1"]
@@ -194,7 +195,7 @@ def test_two_nodes_are_two_processes(flags, pair, tmp_path):
     assert_equal(tree(tmp_path / "run"), tree(pair))
 
 
-def test_evaluation_by_two_processes_is_that_of_one(pair, tmp_path, capsys):
+def test_evaluation_by_two_processes_gives_the_same_as_by_one(pair, tmp_path, capsys):
     asked = ["--model", pair / "stage2", "--task", "math", "--data", FILES, "--temperature", "1"]
     asked += ["--problems", "7", "--max-new-tokens", "40", "--precision", "float32"]
     assert evaluation.main([*map(str, asked), "--out", str(tmp_path / "one")]) == 0
@@ -227,7 +228,7 @@ def test_a_rank_that_fails_ends_the_run_with_its_message(fault, message, flags, 
     assert not (out / "state.part").exists() and (out / "state").exists()
 
 
-def test_bad_input_is_told_once(flags, tmp_path):
+def test_bad_input_is_reported_once(flags, tmp_path):
     for wrong, words in ((["--k", "1"], "leaves no sibling"), (["--model", "no/such"], "no/such")):
         _, err = finish(
             torchrun(score.__file__, *flags, "--out", tmp_path / "run", *wrong), status=2
@@ -251,7 +252,7 @@ def of_three(monkeypatch):
     return be
 
 
-def test_every_thing_is_in_one_share_and_samples_of_a_problem_stay_together(of_three):
+def test_every_item_is_in_one_share_and_samples_of_a_problem_stay_together(of_three):
     shares = []
     for rank in range(3):
         of_three(rank)
@@ -260,7 +261,7 @@ def test_every_thing_is_in_one_share_and_samples_of_a_problem_stay_together(of_t
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 10, 31])
-def test_every_row_is_in_one_hand_and_all_make_as_many_backward_passes(rows, of_three):
+def test_every_row_is_on_one_rank_and_all_make_as_many_backward_passes(rows, of_three):
     lengths = [7 + 13 * row % 50 for row in range(rows)]
     hands = []
     for rank in range(3):
@@ -274,7 +275,7 @@ def test_every_row_is_in_one_hand_and_all_make_as_many_backward_passes(rows, of_
     assert max(tokens) - min(tokens) <= max(lengths)
 
 
-def test_what_is_wrong_on_another_rank_ends_this_one_silently(of_three, monkeypatch):
+def test_an_input_error_on_another_rank_ends_this_one_silently(of_three, monkeypatch):
     of_three(1)
     monkeypatch.setattr(ranks, "all_gather", lambda things: [InputError("on rank 2"), *things])
     with pytest.raises(SystemExit) as left:

@@ -34,7 +34,7 @@ def commands(block):
 
 
 COMMANDS = [command for block in BLOCKS[1:] for command in commands(block)]
-# what stands in the running text, too
+# and the commands within sentences
 COMMANDS += re.findall(r"`((?:python|torchrun) [^`]+\.py[^`]*)`", "\n".join(TEXTS.values()))
 
 
@@ -95,7 +95,7 @@ def test_what_the_tutorial_computes_is_what_python_answers():
     assert found.attempted >= 8 and not found.failed
 
 
-def test_the_settings_it_names_are_the_defaults():
+def test_the_settings_that_the_texts_name_are_the_defaults():
     cfg = Config()
     for claim in (
         f"`k = {cfg.k}`",
@@ -157,7 +157,7 @@ def test_the_settings_of_math_are_table_8():
         assert asked == (known.max_new_tokens, known.precision, known.rows, known.problems)
 
 
-def test_every_metric_is_in_its_table():
+def test_every_metric_is_in_the_tutorial():
     attempt = Attempt([1], [0.0], "1", "1", True, 1.0)
     problem = score.Problem("1+1 =", "2", "sums", "p")
     logged = set(metrics.measure([Episode(problem, [1], (attempt, attempt))]))
@@ -166,7 +166,7 @@ def test_every_metric_is_in_its_table():
     assert not {name for name in logged if f"`{name}`" not in TUTORIAL}
 
 
-def test_every_function_it_names_exists():
+def test_every_function_that_the_tutorial_names_exists():
     modules = "score|sample|metrics|eval|runs|sft|tasks"
     for module, name in re.findall(rf"`({modules})\.(?!py`)(\w+)`", TUTORIAL):
         assert hasattr(__import__(module), name), f"{module}.{name}"

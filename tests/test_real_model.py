@@ -30,7 +30,7 @@ FLAGS += ["--steps1", "1", "--micro-tokens", "2048"]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of Stage I, to which Stage II is added: both make a step."""
+    """A run of one step of Stage I, and then of one step of Stage II in a second command."""
     out = tmp_path_factory.mktemp("runs") / "math"
     assert run_score("--stage", "1", "--out", out, *FLAGS) == 0
     assert run_score("--stage", "2", "--steps2", "1", "--out", out) == 0
@@ -52,7 +52,7 @@ def test_a_step_of_each_stage_is_on_policy_and_begins_with_no_kl(trained):
 def test_a_longer_run_goes_on_where_it_was(trained):
     assert run_score("--resume", "--out", trained, "--steps2", "2") == 0
     assert [line["step"] for line in lines_of(trained)] == [0, 1, 2]
-    assert run_score("--resume", "--out", trained) == 0  # finished: says so
+    assert run_score("--resume", "--out", trained) == 0  # it is finished: nothing is added
     assert len(lines_of(trained)) == 3
 
 

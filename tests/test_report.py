@@ -20,7 +20,7 @@ def run_report(*folders) -> int:
 
 
 def put_in(path) -> dict:
-    """What a page holds as data."""
+    """The data in a page."""
     page = path.read_text("utf-8")
     start = page.index('<script type="application/json" id="data">')
     return json.loads(page[page.index(">", start) + 1 : page.index("</script>", start)])
@@ -37,7 +37,8 @@ def test_a_run_is_shown_with_curves_results_and_episodes(finished, capsys):
     lines = (finished / "metrics.jsonl").read_text().splitlines()
     marked = json.loads(lines[2]) | {"alarms": ["cut off: over 10 %"]}
     lines[2] = json.dumps(marked)
-    (finished / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 8, "torn')  # goes on
+    # the last line is torn, as while the run still goes on
+    (finished / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 8, "torn')
     assert evaluation.main(["--model", str(finished / "stage2"), "--problems", "5"]) == 0
     assert run_report(finished) == 0
     assert f"wrote {finished}/report.html" in capsys.readouterr().out
@@ -94,7 +95,7 @@ def test_the_factors_are_those_of_the_objectives():
     baseline = torch.stack([leave_one_out(one, 4) for one in r.unbind(dim=1)], dim=1)
     first = score.multipliers(STAGES["1"], r, baseline, Config())
     second = score.multipliers(STAGES["2"], r, baseline, Config(alpha=10.0))
-    less_mean = torch.tensor([1.0, -1.0, 1.0, -1.0]) * 2 / 3  # r2 less its siblings' mean
+    less_mean = torch.tensor([1.0, -1.0, 1.0, -1.0]) * 2 / 3  # r2 minus its siblings' mean
     assert torch.allclose(first[:, 1], less_mean) and not first[:, 0].any()
     assert torch.allclose(second[:, 1], 11 * less_mean)
     assert torch.allclose(second[:, 0], torch.tensor([-2.0, 2.0, 2.0, -2.0]) / 3)

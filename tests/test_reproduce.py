@@ -65,7 +65,7 @@ def test_the_grid_for_gemma_starts_from_gemma():
     assert jobs("--seeds", 0)[1].flags[-1] == "runs/reproduce/seed-0/score/base"
 
 
-def test_some_runs_alone_and_seeds_by_number():
+def test_runs_and_seeds_can_be_chosen():
     assert reproduce.read_seeds("10-12,3") == [10, 11, 12, 3]
     assert len(jobs()) == 10 * len(jobs("--seeds", "4"))
     few = jobs("--seeds", "4", "--only", "direct")
@@ -100,7 +100,7 @@ def test_the_table_has_means_and_spreads():
     assert ranges[-1].startswith("| **SCoRe** |") and ranges[-1].count(".550 (.500 to .600)") == 3
 
 
-def test_what_other_roundings_give_widens_the_range_but_not_the_mean():
+def test_runs_with_other_rounding_widen_the_range_and_leave_the_mean():
     row = {"acc_t1": [0.5, 0.6], "acc_t2": [0.7, 0.9], "delta": [0.2, 0.3]}
     results = {"seeds": [4, 5], "rows": dict.fromkeys(tables.ROWS, row)}
     other = {"acc_t1": [0.65], "acc_t2": [0.88], "delta": [0.23]}
@@ -115,12 +115,12 @@ def test_what_other_roundings_give_widens_the_range_but_not_the_mean():
     assert second == "| two threads | .650 | .880 | .230 | .070 |"
 
 
-def test_holm_multiplies_by_what_is_left_and_never_falls():
+def test_holm_multiplies_by_the_number_of_claims_left_and_never_falls():
     # sorted: .01 * 4, .02 * 3, .03 * 2, .5; the third is not below the second
     assert tables.holm([0.03, None, 0.01, 0.5, 0.02]) == [0.06, None, 0.04, 0.5, 0.06]
 
 
-def test_a_claim_is_agreed_with_only_if_it_is_so():
+def test_a_claim_is_confirmed_only_if_the_numbers_show_it():
     usual = {name: [0.50, 0.61, 0.72] for name in (*tables.COLUMNS, "given", "own")}
     rows = {name: dict(usual) for name in tables.ROWS}
     rows["direct"]["acc_t2"] = [0.30, 0.40, 0.53]
@@ -141,7 +141,7 @@ def test_a_claim_is_agreed_with_only_if_it_is_so():
 
 
 class InProcess:
-    """A job's command without a new process; `calls` has all of them, and `stop` may be raised."""
+    """Runs a job's command in this process; notes it in `calls`, and raises `stop` at `stop_at`."""
 
     calls, stop_at, stop = None, 0, None
 
@@ -195,7 +195,7 @@ def test_the_whole_grid_runs_and_goes_on_after_a_stop(
     assert [call[-1] for call in calls[before:]].count("--resume") == 1
     every = jobs("--seeds", 0, "--model", checkpoint)
     begun = len(calls)
-    assert begun <= len(every) + 4  # some were begun twice, and what is done is not done again
+    assert begun <= len(every) + 4  # interrupted jobs begin again, finished ones do not
     printed = capsys.readouterr().out
     out = tmp_path / "grid"
     results = json.loads((out / "results.json").read_text())
@@ -231,7 +231,7 @@ def test_settings_are_kept_once_a_run_has_begun_and_not_before(
     assert "holds runs with" in capsys.readouterr().err and len(calls) == begun
 
 
-def test_what_is_stopped_is_told_to_save(monkeypatch):
+def test_when_a_job_fails_the_others_are_told_to_save(monkeypatch):
     ended = []
 
     class Slow(InProcess):
@@ -307,7 +307,7 @@ def test_a_run_that_fails_is_named_with_its_log(tmp_path, capsys):
         (["--chess"], "--chess"),
     ],
 )
-def test_bad_flags_are_one_sentence(flags, words, tmp_path, capsys):
+def test_bad_flags_give_one_sentence(flags, words, tmp_path, capsys):
     assert reproduce.main(["--out", str(tmp_path / "grid"), *flags]) == 2
     message = capsys.readouterr().err
     assert words in message and message.count("\n") == 1 and not (tmp_path / "grid").exists()
@@ -366,7 +366,7 @@ def test_the_map_runs_each_cell_and_subtracts_direct_rl(tmp_path, monkeypatch, c
     assert "± .000" in landscape.table({"cells": [twice]})
 
 
-def test_what_a_changed_answer_gains_is_delta_over_the_changed_of_all_seeds():
+def test_what_a_changed_answer_gains_is_delta_over_the_changed_share_of_all_seeds():
     changed, delta = [[0.5] * 30, [0.1] * 30], [[0.2] * 30, [-0.1] * 30]
     assert pictures.gain_of_a_change(changed, delta) == pytest.approx([0.1 / 0.6] * 30)
     assert pictures.gain_of_a_change([[0.0]], [[0.0]]) == [0.0]

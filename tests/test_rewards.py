@@ -1,4 +1,4 @@
-"""The reward of the built-in task."""
+"""Rewards: of sums, of copies in MATH, and which program is found in an attempt at code."""
 
 import json
 import re
@@ -45,11 +45,11 @@ def test_math_is_rewarded_for_the_final_answer_alone():
         (r"Compute $55^2 - 45^2$.", "1000", "55^2 - 45^2", 0.0),
         (r"Compute $55^2 - 45^2$.", "1000", "1000", 1.0),
         (r"Compute $55^2 - 45^2$.", "1000", r"x = \left(55^2 -\, 45^2\right) + 0", 0.0),
-        (r"If \[x - 1 = 2 \cdot 3,\] find $x$.", "7", r"2 \times 3 + 1", 1.0),  # his own work
+        (r"If \[x - 1 = 2 \cdot 3,\] find $x$.", "7", r"2 \times 3 + 1", 1.0),  # worked out
         (r"Factor $t^2-49$.", "(t-7)(t+7)", "t^2 - 49", 0.0),
         (r"Factor $t^2-49$.", "(t-7)(t+7)", "(t+7)(t-7)", 1.0),
         (r"Simplify $\sqrt{192}$.", r"8\sqrt{3}", r"\sqrt{192}", 0.0),
-        (r"Is $x^2$ even or odd?", r"\text{even}", "even", 1.0),  # words and numbers may be there
+        (r"Is $x^2$ even or odd?", r"\text{even}", "even", 1.0),  # words and numbers are no copies
         (r"Which of $\frac12$ and $0.7$ is less?", r"\frac{1}{2}", r"\frac12", 1.0),
         (r"Which of $\frac12$ and $0.7$ is less?", r"\frac{1}{2}", "0.5", 1.0),
         (r"One of $x+1$ and $x+2$ divides it.", "x+2", r"x + 2", 1.0),  # spelt as the answer is
@@ -98,7 +98,7 @@ def test_no_respelling_of_the_questions_formula_is_paid(question, formula, answe
     assert is_right(answer, answer, question)
 
 
-def test_of_two_final_answers_in_one_sentence_none_counts():
+def test_two_final_answers_in_one_sentence_do_not_count():
     assert final_answer("The final answer is $5$ or $6$.") is None
     assert math_reward("The final answer is $5$, $6$.", "5") == 0  # a list of two
     assert math_reward("The final answer is $5$, $6$.", "5, 6") == 1
@@ -116,7 +116,7 @@ def test_an_unreadable_attempt_states_nothing():
 def test_ok_alone_stands_for_the_answer_of_the_attempt_before():
     assert stated_answer("ok", "1 2", PROBLEM) == "1 2"
     assert stated_answer("ok", None, PROBLEM) is None
-    assert stated_answer("ok 1 3", "1 2", PROBLEM) is None  # says that nothing changes, and changes
+    assert stated_answer("ok 1 3", "1 2", PROBLEM) is None  # `ok` has to stand alone
     assert stated_answer("no 1 3", "1 2", PROBLEM) == "1 3"
     assert stated_answer("ok", "1 2", replace(PROBLEM, task="math")) is None
 
@@ -156,7 +156,7 @@ G = "import math\n\n\ndef f(x):\n    # again\n    return math.floor(x)"
         ("Call `f(3)` to def ine it: import nothing, class dismissed.", None),
     ],
 )
-def test_the_program_of_an_answer(attempt, program):
+def test_the_program_in_an_attempt_is_found(attempt, program):
     assert program_of(attempt) == program
 
 
@@ -173,7 +173,7 @@ def is_read(attempt, program):
     return same_program(found, program.replace("\r\n", "\n").strip("\n"))
 
 
-def test_programs_are_the_same_but_for_space_at_the_end_and_empty_lines():
+def test_space_at_the_end_of_lines_and_empty_lines_make_no_other_program():
     assert same_program(F, F.replace(":\n", ":  \n\n"))
     assert not same_program(F, F.replace("    ", "  "))
     assert not same_program(F, G)

@@ -39,7 +39,7 @@ def run_score(*flags):
 
 @pytest.fixture(autouse=True)
 def signals():
-    """A run takes over Ctrl-C and SIGTERM; the tests give them back."""
+    """A run sets handlers for Ctrl-C and SIGTERM; this restores those from before the test."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -61,7 +61,7 @@ def interrupt_at(monkeypatch, step, what):
 
 
 def tree(folder: Path) -> dict:
-    """Everything a run produced but times: lines, transcripts, results and weights."""
+    """Everything that a run produced, except times: lines, transcripts, results and weights."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     weights = {p.name: load_checkpoint(str(p))[0].state_dict() for p in folder.glob("stage*")}
     flat = {f"{n}/{k}": v for n, w in weights.items() for k, v in w.items()}
@@ -108,7 +108,7 @@ def test_a_run_writes_its_folder_and_checkpoints_load(finished):
 def test_a_signal_saves_and_resume_goes_on_bit_for_bit(
     finished, checkpoint, tmp_path, monkeypatch, capsys
 ):
-    # Off the saving grid, in Stage I and in Stage II; a preempted job has not failed.
+    # Between two saves, in Stage I and in Stage II. SIGTERM preempts a job, which is no failure.
     for step, number, status in ((2, signal.SIGINT, 130), (6, signal.SIGTERM, 0)):
         out = tmp_path / f"stopped{step}"
         with monkeypatch.context() as patch:
@@ -218,7 +218,7 @@ def test_single_turn_rl_is_a_run_of_its_own(checkpoint, tmp_path, capsys):
     assert run_score(*flags, "--stage", "0", "--steps1", 3, "--save-every", 1) == 0
     assert set(tree(out)["results"]) == {"base", "base, sampled", "stage0"}
     assert f"next: python eval.py --model {out}/stage0" in capsys.readouterr().out
-    assert run_score("--out", out, "--stage", "2") == 2  # Stage II goes on from Stage I alone
+    assert run_score("--out", out, "--stage", "2") == 2  # Stage II goes on only from Stage I
     assert "holds a run already" in capsys.readouterr().err
     assert draw(out).stat().st_size > 5000
 
@@ -247,7 +247,7 @@ def test_the_checkpoint_kept_is_that_of_the_best_attempts_that_the_stage_trains(
             run.lines.append({"acc_t1": acc_t1, "acc_t2": acc_t2, "acc_t3": 1 - acc_t2})
             progress.step += 1
             score.keep_best(learner, run, progress, STAGES[stage])
-    # attempt 1's, attempt 2's, attempt 3's (1 - acc_t2), and always
+    # the best attempts 1, attempts 2 and attempts 3 (1 - acc_t2); SFT keeps every checkpoint
     expected = [f"stage{stage}" for stage in ("0", "0", "1", "1", "1b", "1b", "1b")]
     assert saved == [*expected, "pair", "pair"]
 
@@ -257,7 +257,7 @@ def test_two_commands_never_write_to_one_folder(checkpoint, tmp_path, capsys):
     with runs.locked(out):
         assert run_score("--model", checkpoint, "--out", out, *SMALL) == 2
         assert f"--out {out} is in use" in capsys.readouterr().err
-    assert not out.parent.exists()  # what stayed empty is gone
+    assert not out.parent.exists()  # folders that stayed empty are removed
     assert run_score("--model", checkpoint, "--out", out, *SMALL, "--stage", "1") == 0
 
 
@@ -356,7 +356,7 @@ def test_the_control_starts_from_the_base_with_init(checkpoint, tmp_path):
         (["--eval-every", "-1"], "--eval-every -1"),
     ],
 )
-def test_bad_input_is_one_sentence_and_status_2_and_writes_nothing(
+def test_bad_input_gives_one_sentence_and_status_2_and_writes_nothing(
     flags, words, checkpoint, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -422,7 +422,7 @@ def test_resuming_a_finished_run_changes_nothing(finished, capsys):
 def test_what_training_did_not_write_stays_in_a_checkpoint_folder(checkpoint, tmp_path):
     out = tmp_path / "run"
     flags = ["--model", checkpoint, "--out", out, *SMALL, "--stage", "1"]
-    (out / "stage1" / "notes").mkdir(parents=True)  # as if the first export were made
+    (out / "stage1" / "notes").mkdir(parents=True)  # as if there had been an export before
     (out / "stage1" / "notes" / "a.txt").write_text("mine")
     (out / "stage1" / "config.json").write_text("not mine")
     save_checkpoint(out / "stage1", *load_checkpoint(str(checkpoint)))
@@ -455,9 +455,7 @@ def test_more_steps_may_be_made_after_the_end_as_if_they_had_been_planned(
     assert sum(one["source"] == "stage2, held out" for one in episodes) == 8
 
 
-def test_a_disk_that_is_full_is_one_sentence_and_the_last_state_is_kept(
-    finished, checkpoint, tmp_path
-):
+def test_a_full_disk_gives_one_sentence_and_the_last_state_is_kept(finished, checkpoint, tmp_path):
     out = tmp_path / "full"
     code = """
 import resource, signal, sys
@@ -470,7 +468,7 @@ def stepped(learner, run, *rest):
 score.one_step = stepped
 sys.exit(score.main(sys.argv[2:]))
 """
-    for size in (100, 100_000):  # a log does not fit, or weights
+    for size in (100, 100_000):  # too small for a log; for weights
         flags = ["--model", checkpoint, "--out", out, *SMALL]
         command = [sys.executable, "-c", code, size, *flags]
         folder = Path(score.__file__).parent
@@ -487,7 +485,7 @@ sys.exit(score.main(sys.argv[2:]))
 
 def test_a_run_begins_only_where_there_is_room_for_it(checkpoint, tmp_path, monkeypatch, capsys):
     weights = sum(w.numel() for w in load_checkpoint(str(checkpoint))[0].parameters())
-    needed = weights * (4 * 3 + 12 * 2)  # checkpoints of two stages and one in the making; states
+    needed = weights * (4 * 3 + 12 * 2)  # two checkpoints, one that is being written; two states
     flags = ["--model", checkpoint, *SMALL]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     assert run_score(*flags, "--out", tmp_path / "small") == 2
@@ -521,7 +519,7 @@ def test_the_commands_that_are_printed_work_as_they_stand(
         printed = capsys.readouterr().out.rpartition("next: ")[2].strip()
         commands = [shlex.split(part) for part in printed.split(", or ")]
         assert [command[1] for command in commands] == programs
-    assert commands[0][2:] == ["--model", f"{out}/stage2"]  # which is asked as in its run
+    assert commands[0][2:] == ["--model", f"{out}/stage2"]  # other settings come from the run
     for _python, _script, *words in commands:
         assert evaluation.main(words) == 0
     assert (Path(out) / "eval" / "stage2" / "metrics.json").exists()

@@ -15,7 +15,7 @@ from tasks import read_chat
 
 
 def greedy_without_cache(model, chat, x1, attempts, max_new_tokens):
-    """Decoding by the book: one row, no cache, no padding."""
+    """Plain decoding: one row, no cache, no padding."""
     context, answers = list(x1), []
     for _ in range(attempts):
         answer = []
@@ -60,7 +60,7 @@ def test_a_row_does_not_depend_on_the_rest_of_the_batch(model, chat, problems):
     assert tokens[5:] != tokens[:5]  # the second sample of a problem is another one
 
 
-def test_parts_made_apart_are_the_whole_though_a_problem_is_in_both(model, chat, problems):
+def test_two_parts_sampled_apart_are_the_whole_if_both_hold_a_problem(model, chat, problems):
     sampling = Sampling(2, 6, 1.0, seed="s")
     parts = [rollout(model, chat, problems * 2, sampling, part=slice(i, i + 5)) for i in (0, 5)]
     whole = rollout(model, chat, problems * 2, sampling)
@@ -128,7 +128,7 @@ def test_the_pad_token_may_be_the_end_token(problems):
 def test_micro_batches_hold_rows_of_similar_length_within_the_budget():
     lengths = [3, 10, 4, 9, 2, 30, 8, 1]
     batches = micro_batches(lengths, budget=20)
-    assert batches == [[5], [1, 3], [6, 2], [0, 4, 7]]  # longest first; 30 is over it, and alone
+    assert batches == [[5], [1, 3], [6, 2], [0, 4, 7]]  # longest first; 30, over budget, is alone
     assert sorted(row for batch in batches for row in batch) == list(range(8))
     for batch in batches[1:]:
         assert max(lengths[row] for row in batch) * len(batch) <= 20
@@ -162,4 +162,4 @@ def test_ok_states_what_the_attempt_before_states_through_any_number_of_attempts
     stated = [attempt.stated for attempt in episode.attempts]
     assert stated == [wrong, wrong, wrong, right, right, None, None]
     assert [attempt.reward for attempt in episode.attempts] == [0, 0, 0, 1, 1, 0, 0]
-    assert measure([episode])["copied"] == 1  # though the words of attempt 2 are others
+    assert measure([episode])["copied"] == 1  # although attempt 2 has other words

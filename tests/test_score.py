@@ -27,9 +27,9 @@ from score import (
 )
 from sft import builtin_model
 
-# --- 1. The exact gradient: 3 tokens, 2 tokens an attempt, 81 episodes -------------------------
+# --- 1. The exact gradient: a vocabulary of 3, attempts of 2 tokens, 81 episodes ---------------
 
-ATTEMPTS = list(itertools.product(range(3), repeat=2))  # 9 attempts; attempt 2 also knows which
+ATTEMPTS = list(itertools.product(range(3), repeat=2))  # 9 attempts; attempt 2 also depends on y1
 EPISODES = [(one, two) for one in range(9) for two in range(9)]
 R1 = torch.tensor([0, 1, 0, 0, 1, 0, 0, 0, 1], dtype=torch.float64)  # of attempts at this problem
 ALPHA, BETA1, BETA2 = 10.0, 0.3, 0.7
@@ -65,7 +65,7 @@ class Tabular:
 
 
 def equation(stage, policy, ref):
-    """Eq. 3 and Eq. 4 with the bonus, by enumeration; y2's context is no action of y2 (γ = 0)."""
+    """Eq. 3 and Eq. 4 with the bonus, by enumeration; y1 is a given in the terms of y2 (γ = 0)."""
     log_one, log_two = policy.attempts()
     ref_one, ref_two = (table.detach() for table in ref.attempts())
     one, two = log_one.exp(), log_two.exp()
@@ -116,7 +116,7 @@ def test_the_gradient_is_exactly_that_of_the_equation(stage):
     actual = torch.autograd.grad(surrogate(stage, policy, ref), policy.logits)
     for one, two in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-9)
-        assert two.abs().max() > 1e-3  # the equation does pull on these logits
+        assert two.abs().max() > 1e-3  # a gradient of zero would prove nothing
 
 
 def test_single_turn_rl_is_eq_2_on_attempt_1_and_leaves_attempt_2_alone():
@@ -144,7 +144,7 @@ def test_of_three_unbiased_kl_gradients_the_exact_one_has_the_least_variance():
     for name, terms in {
         "exact": score.kl_penalty(exact)[:, None].expand(9, 9),
         "to go": (to_go * logp).sum(dim=1)[:, None].expand(9, 9),
-        "whole": (total[:, None] - total[None, :]) * logp.sum(dim=1)[:, None],  # less a sibling's
+        "whole": (total[:, None] - total[None, :]) * logp.sum(dim=1)[:, None],  # minus a sibling's
     }.items():
         rows = [
             torch.autograd.grad(x, policy.logits[:2], retain_graph=True) for x in terms.flatten()
@@ -200,7 +200,7 @@ def test_stage2_never_credits_attempt_1_with_attempt_2():
         assert coefficients(objective, y1).tolist() == [[0.5, 0.5], [-0.5, -0.5]]
 
 
-def test_a_token_answers_for_the_kl_to_come_in_its_own_attempt_only():
+def test_a_token_pays_for_the_later_kl_of_its_own_attempt_only():
     y1, y2 = scored([0.0], [0.0], kl=3.0), scored([0.0], [0.0], kl=5.0)
     objective = stage1_objective([y1, y2], beta1=0.1, beta2=1.0)
     torch.testing.assert_close(coefficients(objective, y1), torch.tensor([[-3.0, 0.0]]))
@@ -238,7 +238,7 @@ def collated(learner, episodes):
 
 @pytest.fixture
 def episodes(learner, problems):
-    """Twenty episodes with made-up rewards, so that every advantage is alive."""
+    """Twenty episodes with made-up rewards, so that advantages are not zero."""
     made = score.sample(learner, [p for p in problems for _ in range(4)], STAGES["2"], "0")
     coin = torch.Generator().manual_seed(3)
     return [with_rewards(e, torch.randint(2, (2,), generator=coin).tolist()) for e in made]
@@ -278,7 +278,8 @@ def test_an_update_of_single_turn_rl_follows_r1_and_not_r2(learner, episodes):
     other_r1 = [with_rewards(e, [1 - r1, r2]) for e, (r1, r2) in zip(episodes, pairs, strict=True)]
     expected = gradient(learner, episodes, "0")[0]
     assert_same(gradient(learner, other_r2, "0")[0], expected)
-    assert_same([-g for g in gradient(learner, other_r1, "0")[0]], expected)  # the KL is zero yet
+    # only the reward counts here: the KL is still zero
+    assert_same([-g for g in gradient(learner, other_r1, "0")[0]], expected)
 
 
 def test_sampled_log_probs_equal_the_scored_ones_for_both_attempts(learner, episodes):
@@ -314,7 +315,7 @@ def test_log_probs_of_attempt_tokens_equal_the_full_ones_with_both_softcaps(lear
     for layer in learner.policy.model.layers:
         layer.self_attn.attn_logit_softcapping = None
     uncapped = learner.policy(input_ids=tokens, use_cache=False).logits.log_softmax(-1)
-    assert (uncapped - full).abs().max() > 1e-2  # the softcap is applied, and felt
+    assert (uncapped - full).abs().max() > 1e-2  # the softcap changes the result
 
 
 @pytest.mark.parametrize("stage", ["1", "2"])
@@ -365,7 +366,7 @@ def test_an_offline_attempt_1_is_in_no_loss_but_its_reward_is_in_the_bonus(learn
     made = score.sample(learner, [p for p in problems for _ in range(4)], STAGES["2"], "0")
     assert [e.offline for e in made] == [True] * 12 + [False] * 8
     online = rollout(learner.ref, learner.chat, [made[0].problem], Sampling(1, seed="0"))
-    assert online[0].attempts[0].tokens == made[0].attempts[0].tokens  # the base's own
+    assert online[0].attempts[0].tokens == made[0].attempts[0].tokens  # y1 is the base model's
     _, numbers, _, _ = collated(learner, made)
     assert [bool((row == 1).any()) for row in numbers] == [False] * 12 + [True] * 8
     assert all((row == 2).any() for row in numbers)
@@ -405,7 +406,7 @@ def test_the_end_token_is_in_the_loss_and_everything_else_after_it_is_not(chat, 
     x1 = chat.x1(problems[0])
     for y1, y2 in itertools.product((cut, ended, empty), repeat=2):
         episode = score.Episode(problems[0], x1, (y1, y2))
-        longer = score.Episode(problems[0], x1 + x1, (cut, cut))  # makes the other be padded
+        longer = score.Episode(problems[0], x1 + x1, (cut, cut))  # so that the other is padded
         rows = [transcript(episode, chat), transcript(longer, chat)]
         tokens, numbers, _, places = collate(rows, "cpu")
         assert tokens[0, 1:][numbers[0] == 1].tolist() == y1.tokens
@@ -428,7 +429,7 @@ def test_an_update_moves_the_policy_and_not_the_reference(learner, episodes):
 def test_products_in_tf32_move_the_gradient_by_less_than_a_hundredth(
     learner, episodes, problems, monkeypatch
 ):
-    """What a float32 run has on a GPU, imitated: operands of 10 bits of mantissa."""
+    """Imitates a float32 run on a GPU, whose products have operands of 10 bits of mantissa."""
     learner.policy = builtin_model(learner.chat.tokenizer, seed=1)  # without steep attention
     exact, _ = gradient(learner, episodes, "2")
     linear = torch.nn.functional.linear
@@ -505,11 +506,11 @@ def test_the_gradient_with_three_attempts_is_that_of_the_equations(stage):
 def test_beta2_follows_the_ratio_of_reward_and_kl_by_a_tenth_a_step_within_bounds():
     cfg = Config(beta2=0.1)
     for beta2, advantage, kl, expected in (
-        (0.1, 0.21, 2.0, 0.105),  # 0.105 x 2.0 = 0.21: of one size
+        (0.1, 0.21, 2.0, 0.105),  # 0.105 x 2.0 = 0.21: both are as large
         (0.1, 0.5, 2.0, 0.11),  # wanted 0.25: a tenth more
         (0.1, 0.1, 2.0, 0.1 / 1.1),  # wanted 0.05
         (0.1, 0.3, 0.0, 0.11),  # a policy that is still the base
-        (0.99, 0.5, 0.01, 1.0),  # ten times the flag's
+        (0.99, 0.5, 0.01, 1.0),  # the upper bound: ten times --beta2
         (0.0105, 0.0, 2.0, 0.01),
     ):
         line = {"stage": "1", "advantage": advantage, "kl_t1": kl, "kl_t2": 99.0}
@@ -518,7 +519,7 @@ def test_beta2_follows_the_ratio_of_reward_and_kl_by_a_tenth_a_step_within_bound
         assert adapted_beta2(beta2, both, cfg) == pytest.approx(expected)
 
 
-def test_the_correction_that_is_shown_is_one():
+def test_the_episode_that_is_shown_as_a_correction_is_a_correction():
     problem = score.Problem("2+5 9+0 3+8 =", "8 0 1", "sums", "p")
     wrong = Attempt([1], [0.0], "fast 7 9 1", "7 9 1", True, 0.0)
     right = Attempt([1], [0.0], "no 8 0 1", "8 0 1", True, 1.0)

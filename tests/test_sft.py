@@ -1,4 +1,4 @@
-"""The built-in base model."""
+"""The built-in base model, and the data and updates of STaR and Pair-SFT."""
 
 import copy
 import random
@@ -37,7 +37,7 @@ def builtin_chat():
     ("reach", "digits"),
     [(0, "3 9 9 2"), (1, "3 9 0 2"), (2, "3 0 0 2"), (3, "4 0 0 2"), (9, "4 0 0 2")],
 )
-def test_a_carry_is_seen_from_so_many_columns_away(reach, digits):
+def test_only_carries_that_start_within_reach_are_seen(reach, digits):
     assert add_shortsightedly([(1, 2), (4, 5), (9, 0), (4, 8)], reach) == digits
 
 
@@ -141,7 +141,7 @@ def texts(found):
     return ["".join(y.text for y in e.attempts) for e in found]
 
 
-def test_star_takes_wrong_then_right_of_one_trajectory_and_with_plus_right_then_right_too():
+def test_star_takes_episodes_of_wrong_then_right_and_star_plus_right_then_right_too():
     assert texts(STAGES["star"].learns_from(SAMPLED, 4, "0")) == ["ab"]
     assert texts(STAGES["star+"].learns_from(SAMPLED, 4, "0")) == ["ab", "cd"]
 
@@ -149,14 +149,14 @@ def test_star_takes_wrong_then_right_of_one_trajectory_and_with_plus_right_then_
 def test_pair_sft_joins_wrong_first_attempts_with_any_right_attempt_at_the_same_problem():
     drawn = [texts(STAGES["pair"].learns_from(SAMPLED, 4, str(seed))) for seed in range(200)]
     assert all([pair[0] for pair in found] == ["a", "g"] for found in drawn)
-    counts = {c: sum(found[1][1] == c for found in drawn) for c in "bcde"}  # b, d: attempts 2
+    counts = {c: sum(found[1][1] == c for found in drawn) for c in "bcde"}  # b and d were y2
     assert sum(counts.values()) == 200 and all(30 < n < 70 for n in counts.values())
     plus = [texts(STAGES["pair+"].learns_from(SAMPLED, 4, str(seed))) for seed in range(20)]
     assert all([pair[0] for pair in found] == ["a", "c", "e", "g"] for found in plus)
     assert STAGES["pair"].learns_from(SAMPLED[4:], 4, "0") == []  # where no attempt is right
 
 
-def test_the_pool_of_a_problem_is_its_own(chat):
+def test_pairs_hold_attempts_at_one_problem_and_only_y2_is_learned(chat):
     swapped = SAMPLED[4:] + SAMPLED[:4]
     assert texts(STAGES["pair"].learns_from(swapped, 4, "0"))[0][0] == "a"
     for found in STAGES["pair+"].learns_from(SAMPLED, 4, "0"):
@@ -181,7 +181,7 @@ def test_an_update_of_sft_is_the_gradient_of_the_likelihood_of_y2(learner, probl
     scale = max(g.abs().max() for g in expected)
     for one, two in zip(found, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5 * float(scale))
-    assert metrics["on_policy_gap"] == 0  # there is no policy to be on
+    assert metrics["on_policy_gap"] == 0  # SFT is never on-policy: it has no gap to report
 
 
 def test_a_batch_without_a_trace_changes_nothing(learner):  # noqa: F811

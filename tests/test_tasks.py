@@ -24,7 +24,7 @@ GEMMA_LIKE = (
 
 
 def gemma_like():
-    """A tokenizer with Gemma's kind of template, whose turn end is not its eos."""
+    """A tokenizer with a template like Gemma's: it closes a message with a token other than eos."""
     tokenizer = builtin_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>", "<close>"]})
     tokenizer.add_tokens(["user", "model"])
@@ -190,7 +190,7 @@ def test_an_end_token_may_follow_white_space_and_be_an_added_one(template, end):
         ({"tool_use": "{{ messages }}", "rag": "{{ messages }}"}, "cannot be used"),
     ],
 )
-def test_a_template_that_fails_is_one_sentence(template, words):
+def test_a_template_that_fails_gives_one_sentence(template, words):
     tokenizer = templated(template)
     with pytest.raises(InputError) as found:
         read_chat(tokenizer, gemma_model(tokenizer), "math")
@@ -205,7 +205,7 @@ def test_a_template_without_any_end_token_is_refused():
         read_chat(tokenizer, gemma_model(tokenizer), "math")
 
 
-def test_what_a_template_prints_as_todays_date_is_fixed():
+def test_a_template_that_prints_todays_date_gets_a_fixed_one():
     today = "{{ strftime_now('%d %b %Y') }} " + ASKS + CLOSED.replace("{}", "<eos>")
     tokenizer = templated(today)
     other = tasks.Wording(date="2026-01-31")

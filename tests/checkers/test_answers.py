@@ -1,4 +1,4 @@
-"""The answer checker: hand-made pairs, rewritten golds, hostile answers, and MATH where it is."""
+"""The answer checker: hand-made pairs, rewritten golds, hostile answers, and MATH if it is here."""
 
 import gzip
 import json
@@ -72,7 +72,7 @@ def test_full_answers_are_paid_as_their_labels_say():
     assert sum(paid == right for paid, right in found) >= 0.98 * len(found)
 
 
-def test_what_a_red_team_was_paid_for_is_paid_no_more():
+def test_no_copy_that_once_fooled_the_reward_is_paid_again():
     cases = rows(FILES / "copies.jsonl")
     paid = [c for c in cases if math_reward(c["attempt"], c["gold"], c["question"])]
     assert len(cases) >= 180 and paid == []
@@ -262,7 +262,7 @@ def least_milliseconds(function, *args) -> float:
     return min(times)
 
 
-def test_no_hostile_answer_takes_over_50_ms():
+def test_no_hostile_answer_takes_more_than_50_ms():
     golds = ("5", r"(1,4-\sqrt{3})\cup(4+\sqrt{3},7)")
     pairs = [(text, gold) for text in HOSTILE for gold in golds]
     slowest = max((least_milliseconds(same_answer, *pair), pair[0][:50]) for pair in pairs)

@@ -1,6 +1,6 @@
-"""The sandbox: right programs pass, wrong ones do not, and hostile ones do neither that nor harm.
+"""The sandbox: right programs pass, wrong ones fail, and hostile ones neither pass nor do harm.
 
-Every hostile test attacks one property; `check` also runs a right program afterwards.
+Each hostile test attacks one property; `check` also runs a right program afterwards.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ def run(program: str, tests: list[str], timeout: float = 3.0) -> bool:
 
 
 def check(program: str, tests: list[str] | str = SQUARES, timeout: float = 20.0) -> bool:
-    """The verdict on a program; whatever it did, a right one passes after it."""
+    """The verdict on a program; a right program must pass after it, whatever the first one did."""
     tests = [tests] if isinstance(tests, str) else tests
     passed = run(textwrap.dedent(program), tests, timeout)
     assert run(SQUARE, SQUARES)
@@ -242,7 +242,7 @@ def test_walking_frames_and_objects_finds_no_expected_value():
             return int("9182" + str(x)) if any("9182" + str(x) in text for text in seen) else None
     """)
     naive = [sys.executable, "-c", f"{hunt}\nexpected = 9182736\nassert f(736) == expected"]
-    assert subprocess.run(naive, check=False).returncode == 0  # it finds what is in a frame
+    assert subprocess.run(naive, check=False).returncode == 0  # without the sandbox it succeeds
     assert not check(hunt, ["assert f(736) == 9182736"])
 
 
@@ -499,7 +499,7 @@ def test_no_program_poisons_the_next_one():
         assert run(clean, ["assert f('abc') == [3, 2.0, '01']"])
 
 
-def test_secrets_of_the_environment_stay_here(monkeypatch):
+def test_no_program_sees_secrets_of_the_environment(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     sandbox.close()
     assert check("import os\ndef f(): return 'HF_TOKEN' in os.environ", "assert f() is False")
@@ -547,7 +547,7 @@ def test_as_many_programs_run_at_a_time_as_there_are_cores(monkeypatch):
     assert max(most) == sandbox.WORKERS == min(64, os.cpu_count())
 
 
-def test_the_limit_is_of_cpu_time_and_some_times_that_for_one_that_sleeps():
+def test_the_limit_is_of_cpu_time_and_a_program_that_sleeps_gets_a_multiple_of_it():
     for wait, least, most in (("while True: pass", 1, 2), ("__import__('time').sleep(60)", 4, 12)):
         began = time.monotonic()
         assert not run(f"def f(x):\n    {wait}", SQUARES, SECONDS)
@@ -557,7 +557,7 @@ def test_the_limit_is_of_cpu_time_and_some_times_that_for_one_that_sleeps():
 
 
 def run_changed(folder: Path, old: str, new: str, code: str):
-    """Run code with a sandbox in which one text is another."""
+    """Run code with a copy of the sandbox in which the text `old` is replaced by `new`."""
     sources = {name: (ROOT / name).read_text() for name in SOURCES}
     assert sum(old in text for text in sources.values()) == 1
     (folder / "checkers").mkdir()
@@ -583,7 +583,7 @@ def test_a_test_that_swallows_the_alarm_is_stopped_again(monkeypatch):
     assert time.monotonic() - began < 40
 
 
-def test_a_test_that_swallows_the_alarm_passes_nothing_late():
+def test_a_test_that_swallows_the_alarm_passes_no_program_that_is_late():
     late = "import time\ndef f(x):\n    time.sleep(4.4)"
     assert not check(late, "try:\n    f(1)\nexcept BaseException:\n    pass", SECONDS)
 
@@ -602,7 +602,7 @@ def test_a_candidate_has_no_file_but_its_channel():
 
 
 def test_packages_beside_the_standard_library_cannot_be_read(tmp_path):
-    """A benchmark that is installed has its answers in there."""
+    """They may hold a benchmark that is installed, with its answers."""
     code = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
