@@ -1,4 +1,4 @@
-"""What is asked: problems with their true answers, of four tasks.
+"""What a model is asked: problems with their true answers, of four tasks.
 
 `sums`, built in, is column addition, most significant column first; here three of seven columns:
 
@@ -6,7 +6,7 @@
     2+5 9+0 3+8 =        ->   8 0 1       (293 + 508: the carry runs through the nine)
 
 The first digit needs a carry that may come from far to the right. Attempt 1 has to see it coming;
-attempt 2 can read what attempt 1 wrote. What the built-in base model makes of it: sft.py.
+attempt 2 can read what attempt 1 wrote. sft.py tells how the built-in base model answers.
 
 `math` is MATH, 12,000 problems to train on and MATH500 to test on; `code` is MBPP to train on and
 HumanEval to test on (section 6 of the paper), from the hub or files. `answers` are your own
@@ -33,7 +33,7 @@ class InputError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says, as part of a sentence."""
+    """The first line of a library's error, to be quoted in a sentence."""
     return str(error).strip().partition("\n")[0]
 
 
@@ -45,9 +45,10 @@ SHARE_OF_NINES = 0.6  # columns that add up to 9 pass a carry on, so carries run
 class Problem:
     """One question with its true answer; `id` is unique within the task.
 
-    task, and an id that is left out (the question itself), are filled in by tasks.load_problems.
-    subject and level are MATH's ("Algebra", "5"); the level of a sum: how far a carry runs. tests
-    are sources that decide about a program; given is HumanEval's beginning of one.
+    tasks.load_problems fills in the task, and the question as id if there is no id. subject and
+    level are MATH's ("Algebra", "5"); the level of a sum is the length of its longest carry. tests
+    are Python sources that decide if a program is right. given is the beginning of a program, which
+    HumanEval's prompts have.
     """
 
     question: str
@@ -64,7 +65,7 @@ class Problem:
 
 
 def add_columns(columns: list[tuple[int, int]], flipped: int | None = None) -> str:
-    """The sum of columns of two digits, highest first; the carry into column `flipped` is wrong."""
+    """The digits of a sum, highest first; the carry into column `flipped`, if any, is inverted."""
     digits, carry = [], 0
     for index in reversed(range(len(columns))):
         if index == flipped:
@@ -76,7 +77,7 @@ def add_columns(columns: list[tuple[int, int]], flipped: int | None = None) -> s
 
 
 def longest_carry(columns: list[tuple[int, int]]) -> int:
-    """How many columns the carry that runs farthest comes through: its own, and nines."""
+    """Columns of the longest carry: the one where it starts, and the nines that pass it on."""
     longest = run = 0
     for total in map(sum, reversed(columns)):
         run = 1 if total > 9 else run + 1 if total == 9 and run else 0
@@ -121,7 +122,7 @@ MATH_TEXTS = {"problem": True} | dict.fromkeys("solution answer subject type".sp
 
 @cache
 def math_problems(folder: str) -> dict[str, tuple[Problem, ...]]:
-    """Both splits, from JSONL files or the hub: the same problems in the same order."""
+    """Both splits of MATH, from JSONL files or the hub, which give the same problems and order."""
     splits = {split: as_problems(rows, split) for split, rows in math_rows(folder).items()}
     check_splits(splits, f"--data {folder}" if folder else HUB_TRAIN)
     return splits
@@ -131,7 +132,7 @@ def check_splits(splits: dict[str, tuple[Problem, ...]], source: str) -> None:
     """Raise InputError for a split without problems, and for problems that are in both."""
     for split in splits:
         if not splits[split]:
-            raise InputError(f"{source}: the {split} file holds no problem with an answer")
+            raise InputError(f"{source} has no {split} problem with an answer: add some")
     trained_on = {words(problem.question) for problem in splits["train"]}
     clashes = [p.question for p in splits["test"] if words(p.question) in trained_on]
     if clashes:
@@ -142,7 +143,7 @@ def check_splits(splits: dict[str, tuple[Problem, ...]], source: str) -> None:
 
 
 def math_rows(folder: str) -> dict[str, list[dict]]:
-    """Both splits: two files, or from the hub all of MATH less MATH500, and MATH500."""
+    """Rows of both splits: of two files, or from the hub (MATH without MATH500, and MATH500)."""
     if folder:
         names = {"train": ["train"], "test": ["test", "math500"]}
         return read_folder(Path(folder), names, MATH_TEXTS, prefer="math")
@@ -153,14 +154,14 @@ def math_rows(folder: str) -> dict[str, list[dict]]:
     train = [row for row in rows if words(row["problem"]) not in held_out]
     if len(rows) - len(train) < len(held_out):
         raise InputError(
-            f"{HUB_TRAIN} lacks problems of {HUB_TEST}, so training would see them in other words: "
+            f"{HUB_TRAIN} lacks problems of {HUB_TEST}, so training may hold them in other words: "
             "name a folder of JSONL files with --data"
         )
     return {"train": train, "test": test}
 
 
 def as_problems(rows: list[dict], split: str) -> tuple[Problem, ...]:
-    """Rows of either source as problems, in the order of their ids; without an answer: skipped."""
+    """Rows as problems, in the order of their ids; rows without question or answer are skipped."""
     problems, skipped, several = {}, 0, []
     for row in rows:
         boxed = [box for box, *_ in boxes(row.get("solution") or "")]
@@ -176,7 +177,7 @@ def as_problems(rows: list[dict], split: str) -> tuple[Problem, ...]:
         print(f"skipped {skipped} {split} problems without an answer", file=sys.stderr)
     if several:
         known = ", ".join(several[:3])
-        words = "have several boxes in their solution; the answer is the last, or the row's own"
+        words = "have several boxes in their solution (if the row has no answer, the last counts)"
         print(f"{len(several)} {split} problems {words}, such as {known}", file=sys.stderr)
     return tuple(problems[key] for key in sorted(problems))
 
@@ -204,27 +205,27 @@ def last_box(text: str) -> str | None:
 
 
 def words(question: str) -> str:
-    """A question without regard to its spaces and line breaks."""
+    """A question with single spaces only, so that line breaks make no difference."""
     return " ".join(question.split())
 
 
 # --- 3. Your own questions -----------------------------------------------------------------------
 
-LONG_ANSWER = 100  # letters; an attempt has to state them all
+LONG_ANSWER = 100  # letters; longer ones look like solutions without a final answer
 TABLES = ("*.jsonl", "*.jsonl.gz", "*.csv", "*.parquet")
 
 
 @cache
 def own_problems(source: str, columns: str) -> dict[str, tuple[Problem, ...]]:
-    """Both splits of a folder or a hub name, "owner/name" or "owner/name:configuration".
+    """Both splits of a folder, or of "owner/name" or "owner/name:configuration" on the hub.
 
     columns: "question,answer". An answer may end in "#### 42", as GSM8K's do, or in a box.
     """
     if not source:
-        raise InputError("--task answers needs --data: a folder with your questions, or a hub name")
+        raise InputError("--task answers needs --data: name a folder or a data set of the hub")
     question, _, answer = (part.strip() for part in columns.partition(","))
     if not question or not answer or "," in answer:
-        raise InputError(f"--columns {columns} must name two, such as question,answer")
+        raise InputError(f"--columns {columns} must name two: of questions, and of answers")
     texts, names = {question: True, answer: True}, {"train": ["train"], "test": ["test"]}
     if Path(source).is_dir() or source.count("/") != 1:
         found = read_folder(Path(source), names, texts, files=TABLES)
@@ -239,7 +240,7 @@ def own_problems(source: str, columns: str) -> dict[str, tuple[Problem, ...]]:
 
 
 def own_rows(rows: list[dict], question: str, answer: str, split: str) -> tuple[Problem, ...]:
-    """The problems of these columns; those that lack either, and repeated ones, are left out."""
+    """Rows as problems; rows without question or answer, and repeated questions, are left out."""
     found, lacking, repeated = {}, [], []
     for row in rows:
         final = (row[answer] or "").rpartition("####")[2]
@@ -252,7 +253,10 @@ def own_rows(rows: list[dict], question: str, answer: str, split: str) -> tuple[
         else:
             level, subject = (str(row.get(name) or "") for name in ("level", "subject"))
             found[key] = Problem(row[question], final, "answers", key, subject, level)
-    for rows_left, why in ((lacking, "without question or answer"), (repeated, "asked before")):
+    for rows_left, why in (
+        (lacking, "without question or answer"),
+        (repeated, "that repeat a question"),
+    ):
         if rows_left:
             first = [rows_left[0][question], rows_left[0][answer]]
             print(f"left out {len(rows_left)} {split} rows {why}, such as {first}", file=sys.stderr)
@@ -275,7 +279,7 @@ CODE_TEXTS = {"mbpp": {"text": True, "code": True}, "humaneval": HUMANEVAL_TEXTS
 
 
 def code_problems(split: str, folder: str, ids: str) -> tuple[Problem, ...]:
-    """HumanEval ("test"), MBPP's own test split ("mbpp"), or its problems `ids` to train on."""
+    """HumanEval ("test"), MBPP's own test split ("mbpp"), or its problems `ids` ("train")."""
     mbpp, humaneval = read_code(folder)
     if split == "test":
         return humaneval
@@ -301,22 +305,22 @@ def read_code(folder: str) -> tuple[dict[int, Problem], tuple[Problem, ...]]:
 
 
 def made_of(rows: list[dict], make, folder: str):
-    """Each row and the problem made of it; InputError names one that cannot be, or its tests."""
+    """Yield each row and its problem; InputError names a row with a wrong value."""
     for row in rows:
         try:
             problem = make(row)
             ast.parse("\n".join(problem.tests))
         except (KeyError, TypeError, ValueError, SyntaxError) as error:
             raise InputError(
-                f"{folder or 'the hub'}: task_id {row.get('task_id')} is not as those of MBPP or "
-                f"HumanEval are ({error!r}): mend it"
+                f"{folder or 'the hub'}: task_id {row.get('task_id')} is not a row of MBPP or "
+                f"HumanEval ({error!r}): correct it"
             ) from error
         yield row, problem
 
 
 @cache
 def read_ids(ids: str) -> tuple[int, ...]:
-    """ "5,511-513" -> (5, 511, 512, 513); InputError for what is no such list, or shown to all."""
+    """ "5,511-513" -> (5, 511, 512, 513); InputError for another form, and for ids of SHOTS."""
     numbers: set[int] = set()
     for part in ids.split(","):
         first, _, last = part.partition("-")
@@ -325,12 +329,12 @@ def read_ids(ids: str) -> tuple[int, ...]:
         except ValueError:
             low = high = 0
         if not 0 < low <= high < 10_000:
-            raise InputError(f"--ids {ids} is no list of numbers such as 511-974")
+            raise InputError(f"--ids {ids} is no list of ids: give some such as 511-974")
         numbers |= set(range(low, high + 1))
     if numbers & set(SHOTS):
         raise InputError(f"--ids {ids} has one of {SHOTS}, which every prompt shows: leave it out")
     if numbers & set(MBPP_TEST):
-        print(f"--ids {ids}: --split mbpp, 11-510, is no test for this model", file=sys.stderr)
+        print(f"--ids {ids} spoils --split mbpp, 11-510, as a test of this model", file=sys.stderr)
     return tuple(sorted(numbers))
 
 
@@ -345,7 +349,7 @@ def mbpp_problem(row: dict) -> Problem:
 
 
 def humaneval_problem(row: dict) -> Problem:
-    """A row of HumanEval; its preamble is run with the tests, too: no program can change that."""
+    """A row of HumanEval; its preamble runs again with the tests: no program can change it."""
     prompt = row["prompt"]
     tests = (preamble(prompt), row["test"], f"check({row['entry_point']})")
     right = prompt + row["canonical_solution"]
@@ -363,10 +367,11 @@ def preamble(prompt: str) -> str:
 def read_folder(
     folder: Path, names: dict, texts: dict[str, bool], prefer: str = "", files=TABLES[:2]
 ) -> dict[str, list]:
-    """Rows of one file for each key of `names`: a file that has one of these in its name.
+    """The rows of one file for each key of `names`.
 
-    Those with `prefer` in their names come before others. texts: keys of a row that hold texts,
-    and whether each must be there. files: patterns of their names.
+    The file has one of the parts names[key] in its name; if several have, those with `prefer` in
+    their names count. texts: the keys of a row that hold texts, and whether each must be there.
+    files: patterns of file names.
     """
     kinds = ", ".join(pattern[1:] for pattern in files)
     if not folder.is_dir():
@@ -395,8 +400,8 @@ def read_table(path: Path, texts: dict[str, bool]) -> list[dict]:
         for number, row in enumerate(rows, start=1):
             if "" in row or None in row.values():
                 raise InputError(
-                    f"{path}, row {number} has not as many cells as the first line: put texts with "
-                    f"commas into quotes; it is {list(row.values())!r:.80}"
+                    f"{path}, row {number} has more or fewer cells than the first line: put "
+                    f"texts with commas into quotes; it is {list(row.values())!r:.80}"
                 )
     elif path.suffix == ".parquet":
         rows = load_parts([("parquet", "train")], str(path), data_files=str(path))
@@ -406,19 +411,19 @@ def read_table(path: Path, texts: dict[str, bool]) -> list[dict]:
 
 
 def read_text(path: Path) -> str:
-    """A file of UTF-8, maybe compressed, with or without a byte order mark."""
+    """The text of a UTF-8 file, compressed by gzip or not, with or without a byte order mark."""
     opened = gzip.open if path.suffix == ".gz" else open
     try:
         with opened(path, "rt", encoding="utf-8-sig") as file:
             return file.read()
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}): mend it or name another") from error
+        raise InputError(f"{path} cannot be read ({error}): correct it or name another") from error
 
 
 def read_jsonl(path: Path, texts: dict[str, bool] | None = None) -> list[dict]:
-    """The objects of a JSONL file; a bad line is named.
+    """The objects of a JSONL file; InputError names a bad line.
 
-    Only a line feed ends a line: JSON texts may hold the other line ends of Unicode.
+    Only a line feed ends a line: JSON strings may hold the other line ends of Unicode.
     """
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
@@ -427,20 +432,20 @@ def read_jsonl(path: Path, texts: dict[str, bool] | None = None) -> list[dict]:
         except (ValueError, RecursionError) as error:
             start = f"{line.strip()[:40]!r}"
             raise InputError(
-                f"{path}, line {number} begins {start}, which is no JSON ({error}): mend it"
+                f"{path}, line {number} begins {start}, which is no JSON ({error}): correct it"
             ) from error
     return with_texts(rows, texts or {}, f"{path}, line")
 
 
 def with_texts(rows: list, texts: dict[str, bool], source: str) -> list[dict]:
-    """The rows that are not None; numbers become texts.
+    """The rows that are not empty; numbers under the keys of `texts` become texts.
 
-    Raises InputError for a row that is no object, lacks a key, or has something else than a text.
+    Raises InputError for a row that is no object, lacks a key, or has a value that is no text.
     """
     for number, row in enumerate(rows, start=1):
         where = f"{source} {number}"
         if row is not None and not isinstance(row, dict):
-            raise InputError(f"{where} is {row!r:.40}, no JSON object: write one object a line")
+            raise InputError(f"{where} is {row!r:.40}, no JSON object: write one in each line")
         for key in texts if row else ():
             value = row.get(key)
             if texts[key] and key not in row:
@@ -449,22 +454,22 @@ def with_texts(rows: list, texts: dict[str, bool], source: str) -> list[dict]:
             if isinstance(value, int | float) and not isinstance(value, bool):
                 row[key] = str(value)
             elif value is not None and not isinstance(value, str):
-                raise InputError(f"{where}: {key!r} is {value!r:.40}, no text: mend it")
+                raise InputError(f"{where}: {key!r} is {value!r:.40}, no text: correct it")
     return [row for row in rows if row]
 
 
 def from_hub(task: str, parts: list[tuple]) -> list[dict]:
     """The rows of some parts of data sets, each (name, split) or (name, configuration, split)."""
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it counts its retries
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # hides its reports of retries
     hint = "allow the network, or name a folder of files with --data"
     return load_parts(parts, f"--task {task}, from the Hugging Face hub,", hint)
 
 
-def load_parts(parts: list[tuple], source: str, hint: str = "mend it", **settings) -> list[dict]:
-    """`from_hub`, of anything that load_dataset reads; InputError names the source."""
+def load_parts(parts: list[tuple], source: str, hint: str = "correct it", **settings) -> list[dict]:
+    """The rows of parts of anything that load_dataset reads; InputError names the source."""
     from datasets import load_dataset  # slow to import, and not needed for the built-in task
 
     try:
         return [r for *name, split in parts for r in load_dataset(*name, split=split, **settings)]
-    except Exception as error:  # whatever an absent network raises
+    except Exception as error:  # without a network, of any kind
         raise InputError(f"{source} cannot be read ({first_line(error)}): {hint}") from error

@@ -5,15 +5,16 @@
     python eval.py --model runs/math/stage2 --task math     MATH500, by level and by subject too
     python eval.py --model runs/code/stage2 --task code     HumanEval; MBPP with --split mbpp
     python eval.py --model runs/code/stage2 --task code --split mbpp --repair
-    python eval.py --model runs/sums/stage2 --samples 16    to sample or to correct
+    python eval.py --model runs/sums/stage2 --samples 16    votes: sample more, or correct?
     python eval.py --model runs/sums/base --refine          Self-Refine: prompts alone
     python eval.py --model runs/sums/stage2 --ask "4+7 9+0 3+8 1+2 5+4 6+3 2+2 ="
-    python eval.py --report runs/sums                       a page on it; --plot: pictures
+    python eval.py --report runs/sums                       a page about the run; --plot: pictures
 
-Votes (section 6.2): at a budget of 2k samples of a problem, `parallel` is a vote of 2k first
-attempts, and `sequential` one of k corrections, one of each of the first k attempts (NOT STATED:
-who votes in the second). Repair is the protocol of MBPP-R (section 6); the paper's given attempts
-are not public, here they come from a file or the base model. Next to read: metrics.py.
+Votes (section 6.2): at a budget of 2k samples of a problem, `parallel` is a vote among 2k first
+attempts. `sequential` is a vote among k second attempts, which correct k of these first attempts
+(NOT STATED: who votes in the second). Repair is the protocol of MBPP-R (section 6). The first
+attempts that the paper gives are not public; here they come from a file or from the base model.
+Next to read: metrics.py.
 """
 
 import json
@@ -61,7 +62,7 @@ from tasks import (
 
 
 def vote(attempts: list[Attempt], task: str) -> float:
-    """Is the answer that most attempts state the right one? Of equally many, the first stated."""
+    """1.0 if the answer that most attempts state is right, else 0.0; the first one wins a tie."""
     groups: list[list[Attempt]] = []
     for attempt in attempts:
         same = (group for group in groups if agree(group[0].stated, attempt.stated, task))
@@ -74,9 +75,9 @@ def vote(attempts: list[Attempt], task: str) -> float:
 
 
 def compare_votes(evaluate, problems: list, samples: int, sampling: Sampling) -> list[dict]:
-    """Accuracies of both at budgets of 2, 4, 8 .. 2 `samples`; a line each.
+    """The accuracy of both votes at budgets of 2, 4, 8 .. 2 `samples`, one line for each budget.
 
-    evaluate(problems, sampling, begun): the episodes of a model, and their metrics.
+    evaluate(problems, sampling, begun) returns the model's episodes and their metrics.
     """
     asked = [problem for problem in problems for _ in range(2 * samples)]
     first, _ = evaluate(asked, replace(sampling, attempts=1), ())
@@ -100,7 +101,7 @@ def compare_votes(evaluate, problems: list, samples: int, sampling: Sampling) ->
 
 
 def votes_table(lines: list[dict]) -> str:
-    """A table of `compare_votes`' lines."""
+    """The lines of `compare_votes` as a table to print."""
     rows = [f"{x['budget']:8}{x['parallel']:10.3f}{x['sequential']:12.3f}" for x in lines]
     return "\n".join([f"{'budget':>8}{'parallel':>10}{'sequential':>12}", *rows])
 
@@ -111,8 +112,8 @@ def votes_table(lines: list[dict]) -> str:
 def read_attempts(path: Path, problems: list[Problem]) -> tuple[list[Problem], list[str]]:
     """Problems and first attempts from a JSONL file.
 
-    A row is a line of an evaluation's transcripts.jsonl, or has task_id and program. Raises
-    InputError for a row that is neither, or not about one of the problems.
+    A row is a line of an evaluation's transcripts.jsonl, or it has task_id and program. Raises
+    InputError for any other row, and for a row whose problem is not among `problems`.
     """
     by_id = {name: p for p in problems for name in (p.id, p.id.removeprefix("MBPP/"))}
     try:
@@ -129,8 +130,8 @@ def read_attempts(path: Path, problems: list[Problem]) -> tuple[list[Problem], l
             text = None
         if problem is None or not isinstance(text, str):
             raise InputError(
-                f"--repair {path}, row {number}: give the id of a problem of this --split and an "
-                "attempt, as in transcripts.jsonl, or task_id and program"
+                f"--repair {path}, row {number} lacks an attempt or a problem of this --split: "
+                "give id and attempts, as in transcripts.jsonl, or task_id and program"
             )
         asked.append(problem)
         attempts.append(text)
@@ -142,7 +143,7 @@ def read_attempts(path: Path, problems: list[Problem]) -> tuple[list[Problem], l
 def given_episodes(
     problems: list[Problem], attempts: list[str], chat: Chat, longest: int
 ) -> list[Episode]:
-    """Episodes of one task that begin with these attempts, less those of over `longest` tokens."""
+    """Episodes of one task with these first attempts; those above `longest` tokens are skipped."""
     stated, rewards = judge(attempts, [None] * len(attempts), problems)
     episodes = []
     for problem, text, says, right in zip(problems, attempts, stated, rewards, strict=True):
@@ -157,11 +158,11 @@ def given_episodes(
 
 
 def only_wrong(episodes: list[Episode], source: str) -> list[Episode]:
-    """Those whose attempt is wrong: there is nothing to repair in the others."""
+    """The episodes whose attempt 1 is wrong: the others need no repair."""
     found = [episode for episode in episodes if not episode.attempts[0].reward]
-    print(f"{len(found)} of {len(episodes)} attempts of {source} are wrong, and to be corrected")
+    print(f"{len(found)} of {len(episodes)} attempts of {source} are wrong, and will be corrected")
     if not found:
-        raise InputError("--repair found no wrong attempt: give others")
+        raise InputError("--repair found no wrong attempt: name a FILE that holds some")
     return found
 
 
@@ -169,7 +170,7 @@ def only_wrong(episodes: list[Episode], source: str) -> list[Episode]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 done, 2 bad input."""
+    """The command line; returns the exit status: 0 done, 2 bad input, 130 Ctrl-C."""
     try:
         with ranks.process_group(), disk_errors_explained():
             args = ranks.on_all_ranks(parse_eval_flags, __doc__, argv)
@@ -197,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write(args: Namespace) -> Path:
-    """The page of --report, in --out or the first folder that it is about."""
+    """Write the page of --report into --out, or else into the first folder of --report."""
     return report.write(args.report, args.out or args.report[0])
 
 
@@ -217,7 +218,7 @@ def answer_question(args: Namespace) -> None:
 
 
 def prepare(args: Namespace) -> tuple[list[Problem], Path, dict[str, str]]:
-    """Problems, folder and settings of an evaluation; InputError for what cannot work."""
+    """Problems, folder and settings of an evaluation; InputError for flags that cannot work."""
     check_flags(args)
     data = {"data": args.data, "columns": args.columns}
     problems = load_problems(args.task, args.split, args.problems, **data)
@@ -236,14 +237,14 @@ def prepare(args: Namespace) -> tuple[list[Problem], Path, dict[str, str]]:
     folder = args.out or (model.parent if of_run else Path("runs")) / "eval" / name
     kept = "scaling.json" if args.samples else "metrics.json"
     if folder.exists() and any(folder.iterdir()) and not any(folder.glob("*.json")):
-        raise InputError(f"--out {folder} holds something else than an evaluation: name another")
+        raise InputError(f"--out {folder} holds files, but no evaluation: name another folder")
     if (folder / "config.json").exists():
         raise InputError(f"--out {folder} holds a run or a checkpoint: name another folder")
     earlier = read_json(folder / kept).get("settings", settings)
     for key in (key for key in settings if earlier.get(key) != settings[key]):
         before, now = earlier.get(key) or "none", settings[key] or "none"
-        words = f"whose {as_flag(key)} was {before}, not {now}"
-        raise InputError(f"{folder} holds an evaluation {words}: name another folder with --out")
+        words = f"with {as_flag(key)} {before}, not {now}"
+        raise InputError(f"--out {folder} holds an evaluation {words}: name another folder")
     return problems, folder, settings
 
 
@@ -257,22 +258,32 @@ def check_flags(args: Namespace) -> None:
     check_task(args.task, data=args.data, columns=args.columns)
     if args.split not in find_task(args.task).splits:
         splits = " or ".join(find_task(args.task).splits)
-        raise InputError(f"--split {args.split} is not one of --task {args.task}: {splits}")
+        raise InputError(f"--split {args.split} is unknown to --task {args.task}: choose {splits}")
     check_precision(args.precision)
     for name in ("attempts", "problems", "max_new_tokens", "rows"):
         if getattr(args, name) < 1:
             raise InputError(f"{as_flag(name)} must be 1 or more")
     if args.temperature != 0 and not args.temperature >= COLDEST:
-        raise InputError(f"--temperature {args.temperature} must be 0 or at least {COLDEST}")
+        raise InputError(
+            f"--temperature {args.temperature} cannot be used: give 0, or {COLDEST} or more"
+        )
     two_own_attempts = args.repair is None and args.attempts == 2
     if args.samples < 0 or (args.samples and not two_own_attempts):
-        raise InputError("--samples must be 1 or more, and goes without --attempts and --repair")
+        raise InputError(
+            f"--samples {args.samples} cannot be used: give 1 or more, and leave out --attempts "
+            "and --repair"
+        )
     if args.refine and (args.samples or not two_own_attempts):
-        raise InputError("--refine goes with neither --attempts nor --samples nor --repair")
+        raise InputError("--refine must be alone: leave out --attempts, --samples and --repair")
     if args.ask is not None and (not args.ask.strip() or args.samples or args.repair is not None):
-        raise InputError("--ask needs a question, and goes without --samples and --repair")
+        raise InputError(
+            f"--ask {args.ask!r} cannot be used: give a question, and leave out --samples and "
+            "--repair"
+        )
     if args.repair is not None and args.attempts < 2:
-        raise InputError("--repair needs --attempts 2 or more: the first are given")
+        raise InputError(
+            "--attempts 1 is too few for --repair, which gives attempt 1: give 2 or more"
+        )
 
 
 def load_with_chat(name: str, args: Namespace):
@@ -286,7 +297,7 @@ def load_with_chat(name: str, args: Namespace):
 
 
 def base_attempts(args: Namespace, problems, sampling: Sampling) -> list[Episode]:
-    """Wrong greedy first attempts of the base model."""
+    """The wrong first attempts of the base model, decoded greedily."""
     base = base_of(args.model)
     model, chat = load_with_chat(base, args)
     one = replace(sampling, attempts=1, temperature=0.0)
@@ -294,7 +305,7 @@ def base_attempts(args: Namespace, problems, sampling: Sampling) -> list[Episode
 
 
 def file_attempts(args: Namespace, problems, chat: Chat) -> list[Episode]:
-    """Wrong first attempts of a file; one rank decides for all which are."""
+    """The wrong first attempts of a file; only rank 0 reads and judges them, for all ranks."""
     if ranks.rank():
         return []
     asked, attempts = read_attempts(Path(args.repair), problems)
@@ -318,7 +329,7 @@ def run_evaluation(args: Namespace, problems: list, folder: Path, settings: dict
     problems = [episode.problem for episode in begun] or problems
     episodes, metrics = evaluate(model, chat, problems, sampling, begun)
     said = [{}] * len(episodes)
-    if args.refine:  # between two attempts came feedback, which is none
+    if args.refine:  # the second of three is the feedback, which is no attempt
         said = [{"feedback": episode.attempts[1].text} for episode in episodes]
         episodes = [replace(episode, attempts=episode.attempts[::2]) for episode in episodes]
         metrics = measure(episodes)
@@ -326,7 +337,7 @@ def run_evaluation(args: Namespace, problems: list, folder: Path, settings: dict
     bounds = intervals(metrics, len(episodes))
     record = {"settings": settings, "metrics": metrics, "intervals": bounds, "groups": groups}
     write_atomically(folder / "transcripts.jsonl", "".join(map(transcript_line, episodes, said)))
-    # last, since it says that all is done
+    # written last: where it exists, the evaluation is complete
     write_atomically(folder / "metrics.json", json.dumps(record, indent=2))
     for name, value in metrics.items():
         ends = (f"{end + 0.0:.3f}" for end in (round(x, 3) for x in bounds.get(name, ())))

@@ -5,7 +5,7 @@
                                          attempt 2 changes (Figure 3), gains by level (Figure 7)
     votes, by --samples    scaling.png   samples against corrections (Figure 1, right)
 
-Next to read: runs.py.
+Next to read: report.py.
 """
 
 import json
@@ -20,20 +20,20 @@ from score import STAGES
 SHARES = {"acc_t1": "acc@t1", "acc_t2": "acc@t2", "delta": "delta", "copied": "answers copied"}
 KLS = {"kl_t1": "of attempt 1", "kl_t2": "of attempt 2"}
 PANELS = {"share of sampled episodes": SHARES, "KL to the reference, nats": KLS}
-BINS = [n / 20 for n in range(21)]  # of the edit distance ratio
+BINS = [n / 20 for n in range(21)]  # of the histogram of edit_ratio
 
 
 def draw(folder: Path) -> Path:
-    """Draw what a folder holds; InputError if that is nothing."""
+    """Draw what a folder holds; InputError if that is neither a run nor an evaluation."""
     painters = {"metrics.jsonl": draw_curve, "transcripts.jsonl": draw_attempts}
     for name, painter in (painters | {"scaling.json": draw_votes}).items():
         if (folder / name).exists():
             return painter(folder)
-    raise InputError(f"--plot {folder} holds no run and no evaluation: name a folder of either")
+    raise InputError(f"--plot {folder} holds no run and no evaluation: name a folder that does")
 
 
 def canvas(rows: int, columns: int, size: tuple[float, float], **settings):
-    """A figure of matplotlib and its axes, without frames above and to the right."""
+    """A figure of matplotlib and its axes, which have no line above and to the right."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -51,10 +51,10 @@ def write_picture(figure, path: Path) -> Path:
 
 
 def draw_curve(folder: Path) -> Path:
-    """metrics.jsonl of a run; each point is a mean over 10 steps."""
+    """Draw metrics.jsonl of a run; each point is the mean of the last 10 steps."""
     lines = read_log(folder / "metrics.jsonl")
     if not lines:
-        raise InputError(f"{folder}/metrics.jsonl holds no step yet: nothing to draw")
+        raise InputError(f"--plot {folder} has no step to draw yet: wait for the first ones")
     steps = [line["step"] for line in lines]
     starts = [i for i, line in enumerate(lines) if i == 0 or line["stage"] != lines[i - 1]["stage"]]
     figure, axes = canvas(len(PANELS), 1, (8, 5.6), sharex=True, height_ratios=[3, 2])
@@ -73,7 +73,7 @@ def draw_curve(folder: Path) -> Path:
 
 
 def smoothed(values: list[float], window: int = 10) -> list[float]:
-    """The mean of each value and the up to `window` - 1 before it."""
+    """Each value replaced by the mean of the last `window` values up to it, fewer at the start."""
     windows = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
     return [sum(part) / len(part) for part in windows]
 
@@ -85,7 +85,7 @@ def levels_of(folder: Path) -> dict[str, dict]:
 
 
 def draw_attempts(folder: Path) -> Path:
-    """transcripts.jsonl of an evaluation, and its metrics by level if there are any."""
+    """Draw transcripts.jsonl of an evaluation, and its metrics by level if there are any."""
     rows = [row["attempts"] for row in read_jsonl(folder / "transcripts.jsonl")]
     if not rows or len(rows[0]) < 2:
         raise InputError(f"--plot {folder} needs an evaluation of two attempts or more")
@@ -110,7 +110,7 @@ def draw_attempts(folder: Path) -> Path:
 
 
 def draw_levels(axis, evaluations: list[dict]) -> None:
-    """Gains and losses by level, the mean over evaluations of metrics by "level N (count)"."""
+    """Draw i→c and c→i of each level; each evaluation has its metrics by "level N (count)"."""
     names = list(evaluations[0])
     for shift, metric, label in ((-0.2, "delta_i_to_c", "i→c"), (0.2, "delta_c_to_i", "c→i")):
         heights = [mean(levels[name][metric] for levels in evaluations) for name in names]
@@ -122,7 +122,7 @@ def draw_levels(axis, evaluations: list[dict]) -> None:
 
 
 def draw_votes(folder: Path) -> Path:
-    """scaling.json: accuracy of both votes over their budget, with 95 % intervals."""
+    """Draw scaling.json: the accuracy of both votes over their budget, with 95 % intervals."""
     lines = json.loads((folder / "scaling.json").read_text("utf-8"))["lines"]
     figure, (axis,) = canvas(1, 1, (6, 4))
     budgets = [line["budget"] for line in lines]

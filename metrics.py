@@ -17,7 +17,7 @@ Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 def evaluate(model, chat: Chat, problems: list[Problem], sampling: Sampling, begun=()):
     """Episodes and metrics of a model over `problems`; each rank attempts its share of them.
 
-    begun: an episode for each problem, whose attempts are given and continued.
+    begun: one episode for each problem, whose attempts are given and continued.
     """
     problems, _ = ranks.on_all_ranks(askable, problems, model, chat, sampling)
     asked = {problem.id for problem in problems}
@@ -32,7 +32,7 @@ def evaluate(model, chat: Chat, problems: list[Problem], sampling: Sampling, beg
 
 
 def measure(episodes: list[Episode]) -> dict[str, float]:
-    """Every metric of TUTORIAL.md's table, over all episodes; shares and accuracies in [0, 1]."""
+    """The metrics above `kl_t1` in TUTORIAL.md's table, over all episodes; shares are in [0, 1]."""
     n, attempts = len(episodes), list(zip(*(e.attempts for e in episodes), strict=True))
     right = [[attempt.reward == 1.0 for attempt in column] for column in attempts]
     metrics = {f"acc_t{i}": sum(column) / n for i, column in enumerate(right, start=1)}
@@ -53,7 +53,7 @@ def measure(episodes: list[Episode]) -> dict[str, float]:
 
 
 def same_statement(episode: Episode) -> bool:
-    """Does attempt 2 state the answer of attempt 1? Where none is readable, the texts decide."""
+    """Does attempt 2 state the answer of attempt 1, or repeat its text to the letter?"""
     y1, y2, *_ = episode.attempts
     return y1.text == y2.text or agree(y1.stated, y2.stated, episode.problem.task)
 
@@ -96,11 +96,11 @@ def intervals(metrics: dict[str, float], n: int) -> dict[str, tuple[float, float
 def wilson(share: float, n: int) -> tuple[float, float]:
     middle = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     spread = Z95 * (share * (1 - share) / n + Z95**2 / (4 * n**2)) ** 0.5 / (1 + Z95**2 / n)
-    return min(middle - spread, share), max(middle + spread, share)  # against rounding at 0 and 1
+    return min(middle - spread, share), max(middle + spread, share)  # rounding may exclude 0 or 1
 
 
 def by_group(episodes: list[Episode]) -> dict[str, dict[str, float]]:
-    """`measure` of each level and each subject, where the problems have them."""
+    """`measure` for each level and each subject, if the problems have them."""
     groups: dict[str, list[Episode]] = {}
     for episode in episodes:
         level, subject = episode.problem.level, episode.problem.subject
@@ -120,7 +120,7 @@ def as_text(episode: Episode) -> str:
 
 
 def as_record(episode: Episode, source: str, weights=(), **where) -> dict:
-    """An episode as data to look at (episodes.jsonl); weights: what multiplied each attempt."""
+    """An episode as a line of episodes.jsonl; weights: what multiplies each attempt's log-prob."""
     problem, kept = episode.problem, ("text", "stated", "finished", "reward")
     attempts = [{name: getattr(attempt, name) for name in kept} for attempt in episode.attempts]
     for attempt, weight in zip(attempts, weights, strict=False):
@@ -130,7 +130,7 @@ def as_record(episode: Episode, source: str, weights=(), **where) -> dict:
 
 
 def as_table(rows: dict[str, dict[str, float]]) -> str:
-    """Accuracy of each attempt, the paper's other metrics and copied answers, a line a model."""
+    """A table to print: a line for each row, with all accuracies, delta, i->c, c->i and copied."""
     count = min(sum(name.startswith("acc_t") for name in metrics) for metrics in rows.values())
     heads = {f"acc_t{i}": f"acc@t{i}" for i in range(1, count + 1)} | {"delta": "delta"}
     heads |= {"delta_i_to_c": "i->c", "delta_c_to_i": "c->i", "copied": "copied"}

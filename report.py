@@ -1,11 +1,11 @@
-"""One HTML page on a run or an evaluation: learning curves, results, episodes to look at.
+"""One HTML page about a run or an evaluation: learning curves, results, episodes to look at.
 
     python eval.py --report runs/sums                     writes runs/sums/report.html
     python eval.py --report runs/sums runs/direct         two runs side by side
     python eval.py --report runs/sums/eval/stage2         one evaluation, with all its transcripts
 
-report.html beside this file is the page; what was measured is put into it as JSON, so that it needs
-no network and nothing else. It may be made while a run goes on. Next to read: runs.py.
+report.html beside this file is the template. The measurements are put into it as JSON, so the page
+is a single file and needs no network. It can be made while a run goes on. Next to read: runs.py.
 """
 
 import json
@@ -26,9 +26,9 @@ COLUMNS |= {"cut_off": "cut off", "unreadable": "unreadable"}
 
 
 def write(folders: list[Path], out: Path) -> Path:
-    """Write the page on one or two folders into `out`; returns its path."""
+    """Write the page about one or two folders into `out`; returns its path."""
     if len(folders) > 2:
-        raise InputError(f"--report compares two folders at most, not {len(folders)}")
+        raise InputError(f"--report compares two folders at most, not {len(folders)}: name fewer")
     runs = [contents(folder) for folder in folders]
     measured = {name for run in runs for row in run["table"] for name in row["metrics"]}
     found = {
@@ -36,7 +36,7 @@ def write(folders: list[Path], out: Path) -> Path:
         "panels": [{"title": title, "curves": names} for title, names in PANELS.items()],
         "columns": {name: words for name, words in COLUMNS.items() if name in measured},
     }
-    # inside of a script element only "<" could end it
+    # the text stands in a script element, which only a "<" could end
     text = json.dumps(found).replace("<", "\\u003c")
     name = "report.html" if len(folders) == 1 else f"report-{folders[1].resolve().name}.html"
     write_atomically(out / name, TEMPLATE.read_text("utf-8").replace("DATA", text, 1))
@@ -44,7 +44,7 @@ def write(folders: list[Path], out: Path) -> Path:
 
 
 def contents(folder: Path) -> dict:
-    """What the page shows of a run or an evaluation; InputError for another folder."""
+    """What the page shows of a run or an evaluation; InputError for any other folder."""
     made = time.strftime("%Y-%m-%d %H:%M")
     common = {"name": str(folder), "made": made, "stages": [], "steps": [], "curves": {}}
     common |= {"held_out": [], "alarms": [], "table": [], "episodes": []}
@@ -52,18 +52,18 @@ def contents(folder: Path) -> dict:
         return common | of_run(folder)
     if (folder / "transcripts.jsonl").exists():
         return common | of_evaluation(folder)
-    raise InputError(f"--report {folder} holds no run and no evaluation: name a folder of either")
+    raise InputError(f"--report {folder} holds no run and no evaluation: name a folder that does")
 
 
 def of_run(folder: Path) -> dict:
-    """Settings, curves, alarms, results and episodes of a run, also of one that goes on."""
+    """Settings, curves, alarms, results and episodes of a run, which may still go on."""
     lines = read_log(folder / METRICS) if (folder / METRICS).exists() else []
     episodes = read_log(folder / EPISODES) if (folder / EPISODES).exists() else []
     count = Counter(episode["source"] for episode in episodes)
     table = [
         row(name, metrics, count[f"{name}, held out"])
         for name, metrics in read_json(folder / RESULTS).items()
-        if name != "base, sampled"  # at the temperature of training
+        if name != "base, sampled"  # not greedy like the others
     ]
     for path in sorted(folder.glob("eval/*/metrics.json")):
         evaluation = of_evaluation(path.parent)["table"][0]
@@ -86,7 +86,7 @@ def of_run(folder: Path) -> dict:
 
 
 def row(name: str, metrics: dict, problems: int, bounds: dict | None = None) -> dict:
-    """A line of the table of results; without a number of problems it has no intervals."""
+    """A line of the table of results; if the number of problems is 0, it has no intervals."""
     bounds = bounds or (intervals(metrics, problems) if problems else {})
     return {"name": name, "problems": problems, "metrics": metrics, "intervals": bounds}
 
@@ -107,7 +107,7 @@ def of_evaluation(folder: Path) -> dict:
 
 
 def of_transcript(line: dict) -> dict:
-    """A line of transcripts.jsonl as metrics.as_record has it."""
+    """A line of transcripts.jsonl in the form that metrics.as_record gives an episode."""
     kept = ("question", "answer", "level", "subject")
     long = ("tokens", "logp")
     attempts = [{k: v for k, v in y.items() if k not in long} for y in line["attempts"]]

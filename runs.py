@@ -1,17 +1,18 @@
-"""What is kept: checkpoints, the run folder, and the state to resume from.
+"""What a run keeps on disk: checkpoints, the run folder, and the state to resume from.
 
     runs/sums/  config.json     settings, versions, git commit
-                metrics.jsonl   one line a step
-                samples.txt     transcripts to read; as data: episodes.jsonl
+                metrics.jsonl   one line for each step
+                samples.txt     transcripts to read; episodes.jsonl: as data
                 results.json    metrics of base and stages on held-out problems
                 base/  stage1/  stage2/     save_pretrained folders with their tokenizer
                 state/          weights, Adam and progress, for --resume
                 eval/           evaluations of the checkpoints, by eval.py
                 curve.png       drawn by `python eval.py --plot` (figures.py); report.html
 
-What a run needs is written beside its place and then moved there: a kill never leaves half of it.
-The logs grow; state/ remembers how long they were, and --resume cuts them back to that. Of many
-processes the first writes text, all write state/. Next to read: sample.py.
+What a run needs is written under another name and then renamed, so that a killed run never leaves
+half a file. Logs are appended to; state/ holds their lengths, and --resume cuts them back to these.
+With several processes, the first one writes all text files, and each writes its share of state/.
+Next to read: sample.py.
 """
 
 import contextlib
@@ -54,7 +55,7 @@ except ImportError:  # Windows
 
 METRICS, SAMPLES, EPISODES = LOGS = "metrics.jsonl", "samples.txt", "episodes.jsonl"
 RESULTS = "results.json"
-BEGUN = {"base", RESULTS, "state", SAMPLES, EPISODES}  # what is written before config.json
+BEGUN = {"base", RESULTS, "state", SAMPLES, EPISODES}  # written before config.json
 
 
 @dataclass
@@ -64,11 +65,11 @@ class Run:
     folder: Path
     lines: list[dict] = field(default_factory=list)
     results: dict[str, dict] = field(default_factory=dict)
-    signal: int = 0  # that came: save and leave after this step
+    signal: int = 0  # its number, once it came: save and stop after this step
     board: object = None  # TensorBoard's writer
 
     def log(self, line: dict) -> None:
-        """Add one step to metrics.jsonl, and to TensorBoard if it is asked for."""
+        """Add one step to metrics.jsonl, and to TensorBoard with --tensorboard 1."""
         self.lines.append(line)
         self.append(METRICS, json.dumps(line) + "\n")
         if self.board:
@@ -80,13 +81,13 @@ class Run:
             self.board.flush()
 
     def open_board(self) -> None:
-        """Begin, or go on with, what TensorBoard reads."""
+        """Open the folder that TensorBoard reads; a resumed run goes on in it."""
         if not ranks.rank():
             writer = tensorboard_writer()
             self.board = writer(self.folder / "tensorboard", purge_step=len(self.lines))
 
     def append(self, log: str, text: str) -> None:
-        """Add to a log; of many processes the first does."""
+        """Add text to a log; only the first process writes."""
         if text and not ranks.rank():
             with (self.folder / log).open("a", encoding="utf-8") as file:
                 file.write(text)
@@ -96,14 +97,15 @@ class Run:
         write_atomically(self.folder / RESULTS, json.dumps(self.results, indent=2))
 
     def stop_on_signals(self) -> None:
-        """Ctrl-C and SIGTERM let the step end, save and leave; a second one leaves at once.
+        """Let a run that gets Ctrl-C or SIGTERM end its step, save and stop; a second one kills it.
 
-        torchrun sends them on, sometimes twice, and has its own --shutdown_timeout.
+        Under torchrun a second one does nothing here: torchrun may send the same signal twice, and
+        it kills the processes itself after its --shutdown_timeout.
         """
 
         def stop(number, _frame):
             self.signal = number
-            if not ranks.rank():  # not print: the signal may have come within one
+            if not ranks.rank():  # not by print, which the signal may have interrupted
                 os.write(2, b"\nstopping after this step; a second signal stops at once\n")
             if ranks.launcher() == "python":
                 signal.signal(number, signal.SIG_DFL)
@@ -118,8 +120,8 @@ class Progress:
 
     index: int = 0  # of the stage in the plan
     step: int = 0  # updates done in that stage
-    best: float = -1.0  # reward of the checkpoint kept, over the steps between two saves
-    raised: list[str] = field(default_factory=list)  # alarms
+    best: float = -1.0  # mean reward of the kept checkpoint, over the steps between two saves
+    raised: list[str] = field(default_factory=list)  # alarms so far
     beta2: float = 0.0  # of the next step
 
 
@@ -136,7 +138,7 @@ def tensorboard_writer():
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a whole file or nothing; of many processes the first does."""
+    """Write a file as a whole or not at all; only the first process writes."""
     if ranks.rank():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,15 +148,15 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file, {} if there is no such file; InputError if it is damaged."""
+    """The object in a JSON file, {} if the file does not exist; InputError if it is damaged."""
     try:
         return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
     except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged and kept as it is: restore it") from error
+        raise InputError(f"{path} is damaged, and was not changed: restore it") from error
 
 
 def read_log(path: Path, size: int | None = None) -> list[dict]:
-    """The whole lines of a log, or of its first `size` bytes; a damaged line is named."""
+    """The complete lines of a log, or of its first `size` bytes; InputError names a damaged one."""
     if not path.exists():
         raise InputError(f"{path} is missing: name a run folder of score.py")
     lines, (*whole, _being_written) = [], path.read_bytes()[:size].split(b"\n")
@@ -162,24 +164,26 @@ def read_log(path: Path, size: int | None = None) -> list[dict]:
         try:
             lines.append(dict(json.loads(line)))
         except (ValueError, TypeError) as error:
-            raise InputError(f"{path} is damaged in line {number}, and kept: restore it") from error
+            raise InputError(
+                f"{path} is damaged in line {number}, and was not changed: restore it"
+            ) from error
     return lines
 
 
 def as_words(flags: dict) -> str:
-    """Flags that are not empty, as they are typed in a shell."""
+    """The flags that are not empty, as words for a shell."""
     given = {as_flag(name): str(value) for name, value in flags.items() if value != ""}
     return "".join(f" {name} {shlex.quote(value)}" for name, value in given.items())
 
 
 def train_command(cfg: Config, flags: str) -> str:
-    """The command that goes on with a run."""
+    """The command that goes on with a run, by these flags."""
     out = "" if cfg.out == Config.out else cfg.out
     return f"{ranks.launcher()} score.py {flags}{as_words({'out': out})}"
 
 
 def eval_command(cfg: Config, checkpoint: str) -> str:
-    """The command that evaluates a checkpoint of a finished run, as the run asked."""
+    """The command that evaluates a checkpoint, with as many attempts as in its finished run."""
     attempts = cfg.attempts if cfg.attempts > 2 else ""
     flags = {"model": f"{cfg.out}/{checkpoint}", "attempts": attempts}
     return f"{ranks.launcher()} eval.py{as_words(flags)}"
@@ -187,14 +191,14 @@ def eval_command(cfg: Config, checkpoint: str) -> str:
 
 @contextlib.contextmanager
 def disk_errors_explained():
-    """Say in one sentence what file cannot be written, and that what was saved is kept."""
+    """Say in one sentence which file cannot be written, and that earlier saves are kept."""
     kinds = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
     try:
         yield
     except OSError as error:
         if error.errno not in {*kinds, errno.EIO}:
             raise
-        where = f"{error.filename} " if error.filename else ""
+        where = f"{error.filename} " if error.filename else "a file "
         raise InputError(
             f"{where}cannot be written ({error.strerror}): make room or name another --out; "
             "what was saved before is kept"
@@ -203,9 +207,10 @@ def disk_errors_explained():
 
 @contextlib.contextmanager
 def locked(folder: Path):
-    """Let no other command write to a folder meanwhile; one that stays empty is removed again.
+    """Let no other command write to a folder meanwhile; a new folder that stays empty is removed.
 
-    The lock is the system's (flock), and ends with the process however that ends. Windows has none.
+    The lock is the system's (flock). It ends with the process, even with a killed one. On Windows
+    there is no lock.
     """
     made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     lock = ranks.on_all_ranks(lock_folder, folder)
@@ -220,7 +225,7 @@ def locked(folder: Path):
 
 
 def lock_folder(folder: Path) -> int | None:
-    """The lock of a folder that is made if it is missing; the first process holds it for all."""
+    """Make a folder if it is missing, and lock it; the first process holds the lock for all."""
     file = next((path for path in (folder, *folder.parents) if os.path.isfile(path)), None)
     if file:
         raise InputError(f"--out {folder} is not a folder, since {file} is a file: name another")
@@ -240,18 +245,21 @@ def lock_folder(folder: Path) -> int | None:
     except BlockingIOError as error:
         raise InputError(f"--out {folder} is in use: wait, or name another folder") from error
     except OSError:
-        pass  # a file system without locks
+        pass  # a file system without locks: go on without one
     return lock
 
 
 def settings_to_follow(folder: Path, typed: dict, stages: dict[str, Stage]) -> dict:
-    """{} for a new run, the settings of Stage I for a Stage II after it; InputError for others."""
+    """The settings of the run in `folder` that this one goes on from; {} for a new run.
+
+    Only a stage such as II can go on, from a finished Stage I. Raises InputError for all else.
+    """
     first, *others = plan_of(configure(typed).stage, stages)
     settings = read_json(folder / "config.json").get("settings")
     if not (folder / METRICS).exists():
         found = {path.name.partition(".part")[0].partition(".old")[0] for path in folder.glob("*")}
-        if settings is None and not found <= BEGUN:  # a run that was killed while it began is BEGUN
-            raise InputError(f"--out {folder} holds something else than a run: name a new folder")
+        if settings is None and not found <= BEGUN:  # a run killed as it began has no others
+            raise InputError(f"--out {folder} holds no run, but other files: name a new folder")
         return {}
     results = read_json(folder / RESULTS)
     if settings is None:
@@ -260,30 +268,30 @@ def settings_to_follow(folder: Path, typed: dict, stages: dict[str, Stage]) -> d
     can_follow = first.follows and first.reference == "base" and first.folder not in results
     if others or not can_follow or not finished or stages[first.follows].folder not in results:
         raise InputError(
-            f"--out {folder} holds a run already: go on with it by --resume if it was "
-            "interrupted, or begin a new one with another --out, maybe from a checkpoint by --init"
+            f"--out {folder} holds a run already: go on with it by --resume if it was interrupted, "
+            "or begin a new one with another --out (--init CHECKPOINT: from a checkpoint)"
         )
     check_version(settings, folder)
     for name in ("model", "task", "lora"):
         if with_absolute_paths(typed).get(name, settings[name]) != settings[name]:
-            raise InputError(f"--{name} must stay that of the run in {folder}: leave it out")
-    settings["out"] = str(folder)  # it may have been moved
+            raise InputError(f"--{name} {typed[name]} differs from the run's: leave it out")
+    settings["out"] = str(folder)  # the folder may have been moved
     return {name: value for name, value in settings.items() if name not in ("stage", "init")}
 
 
 def check_version(settings: dict, folder: Path) -> None:
-    """Raise InputError for settings that are not those of this version."""
+    """Raise InputError if another version of score.py wrote these settings."""
     if set(settings) != set(vars(Config())):
-        raise InputError(f"{folder}/config.json is of another version of score.py: use that one")
+        raise InputError(f"{folder}/config.json is by another version of score.py: use that one")
 
 
 def base_in(folder: Path, model: str) -> str:
-    """The base model of the run in a folder, whose --model this is."""
+    """The base model of the run in `folder`; `model` is the run's --model."""
     return str(folder / "base") if model == "builtin" else model
 
 
 def prepare_run(typed: dict, stages: dict[str, Stage]) -> tuple:
-    """Settings, plan, run, checkpoint to start from, and whether the folder has the same base."""
+    """Settings, plan and run, the checkpoint to start from, and whether base/ can be used again."""
     first = configure(typed)
     folder, plan = Path(first.out), plan_of(first.stage, stages)
     earlier = read_json(folder / "config.json").get("settings", {})
@@ -293,7 +301,7 @@ def prepare_run(typed: dict, stages: dict[str, Stage]) -> tuple:
     cfg, run = configure(with_absolute_paths({**followed, **typed})), Run(folder)
     if cfg.tensorboard:
         tensorboard_writer()
-    load_problems(cfg.task, "train", 1, cfg.data, cfg.ids, cfg.columns)  # models take their time
+    load_problems(cfg.task, "train", 1, cfg.data, cfg.ids, cfg.columns)  # before any model
     init = cfg.init
     if followed:
         if not typed.keys() & {"data", "columns", "ids", "prompt", "correction"}:
@@ -310,9 +318,9 @@ def prepare_run(typed: dict, stages: dict[str, Stage]) -> tuple:
 
 
 def reopen_run(typed: dict, stages: dict[str, Stage]) -> tuple:
-    """Settings, plan and run in --out, and where it stood when it was last saved.
+    """Settings, plan and run in --out, what its last save holds, and its base's fingerprint.
 
-    More steps may be typed than it had, and a file or folder anew that is no longer where it was.
+    Two changes may be typed: more steps, and the new place of a file or folder that was moved.
     """
     folder = Path(configure(typed).out)
     record = read_json(folder / "config.json")
@@ -332,7 +340,9 @@ def reopen_run(typed: dict, stages: dict[str, Stage]) -> tuple:
     check_task(cfg.task, data=cfg.data, columns=cfg.columns)
     run, where = read_run(folder)
     if (begun := where["stage"]) != cfg.stage:
-        raise InputError(f"--stage {begun} in {folder} was killed as it began: type it again")
+        raise InputError(
+            f"--stage {begun} in {folder} was killed at its start: give it again without --resume"
+        )
     plan = plan_of(cfg.stage, stages)
     check_settings(cfg, plan)
     check_more_steps(settings, cfg, plan, where["progress"])
@@ -341,7 +351,7 @@ def reopen_run(typed: dict, stages: dict[str, Stage]) -> tuple:
 
 
 def check_inputs(cfg: Config, before: dict[str, str]) -> None:
-    """Raise InputError if what the flags name is no longer what it was in the run so far."""
+    """Raise InputError if a file or data set that a flag names has changed since the run began."""
     for name, digest in digests(cfg).items():
         if digest != before.get(name):
             raise InputError(
@@ -351,7 +361,7 @@ def check_inputs(cfg: Config, before: dict[str, str]) -> None:
 
 
 def check_more_steps(settings: dict, cfg: Config, plan: list[Stage], progress: dict) -> None:
-    """Raise InputError for --steps1 or --steps2 that no stage can have that is under way."""
+    """Raise InputError if a new --steps1 or --steps2 comes too late for every stage."""
     left = plan[progress["index"] :]
     for name in ("steps1", "steps2"):
         steps, before = getattr(cfg, name), settings[name]
@@ -359,11 +369,14 @@ def check_more_steps(settings: dict, cfg: Config, plan: list[Stage], progress: d
             continue
         if all(stage.steps != name for stage in left):
             raise InputError(
-                f"--{name} {steps}: its stage is over, and had {before} steps: begin a new run"
+                f"--{name} {steps} is too late, since its stage ended after {before} steps: begin "
+                "a new run"
             )
         if left[0].steps == name and steps < progress["step"]:
             done = progress["step"]
-            raise InputError(f"--{name} {steps} is less than the {done} steps that were made")
+            raise InputError(
+                f"--{name} {steps} is less than the {done} steps that were made: give more"
+            )
 
 
 def is_finished(cfg: Config, plan: list[Stage], run: Run, progress: Progress) -> bool:
@@ -375,18 +388,19 @@ def is_finished(cfg: Config, plan: list[Stage], run: Run, progress: Progress) ->
 def check_space(folder: Path, weights: int, size: int, stages: int, states: int) -> None:
     """Raise InputError if there is no room for what a run writes.
 
-    weights: their number; size: bytes of one in a checkpoint, of which there are `stages` and one
-    that is being written; states: folders with 12 bytes a weight, float32 weights and Adam's means.
+    weights: number of weights. size: bytes of a weight in a checkpoint. There are `stages`
+    checkpoints, and one that is being written. states: number of state folders; each has 12 bytes
+    for a weight, which are the weight in float32 and Adam's two means.
     """
     needed = weights * (size * (stages + 1) + 12 * states)
     free = shutil.disk_usage(folder).free
     if free < needed:
         needed, free = (f"{number / 1e9:.1f} GB" for number in (needed, free))
-        raise InputError(f"--out {folder} needs {needed}, and {free} are free: name another")
+        raise InputError(f"--out {folder} needs {needed}, but only {free} are free: name another")
 
 
 def digests(cfg: Config) -> dict[str, str]:
-    """Tell whether what the flags name has changed: words, task file, problems; by flag."""
+    """A digest for each flag that names words, a task file or problems: it tells if they change."""
     texts = {name: getattr(cfg, name) for name in ("prompt", "correction")}
     texts |= {"task": cfg.task} if cfg.task.endswith(".py") else {}
     found = {name: Path(path).read_bytes() for name, path in texts.items() if path}
@@ -397,10 +411,10 @@ def digests(cfg: Config) -> dict[str, str]:
 
 
 def write_config(run: Run, cfg: Config, typed: dict, base: str) -> None:
-    """config.json: all that is needed to do the run again, and the commands before.
+    """Write config.json: all that is needed to repeat the run, and the same of earlier commands.
 
-    settings: with absolute paths; typed: flags as they were typed; inputs: `digests` of what they
-    name; base: its models.fingerprint.
+    settings: with absolute paths. typed: the flags as they were typed. inputs: the `digests` of
+    what they name. base: the models.fingerprint of the base model.
     """
     settings = vars(cfg) | {"out": os.path.abspath(cfg.out)}
     earlier = read_json(run.folder / "config.json")
@@ -419,9 +433,9 @@ def write_config(run: Run, cfg: Config, typed: dict, base: str) -> None:
 
 
 def write_state(run: Run, tensors: dict, where: dict) -> None:
-    """All that --resume needs, in one folder that is replaced at once.
+    """Write all that --resume needs, into one folder that is replaced as a whole.
 
-    tensors: by name, of which each process has its share; where: what all have alike.
+    tensors: by name; each process has its share of them. where: values that all processes share.
     """
     part = run.folder / "state.part"
     if ranks.rank() == 0:
@@ -438,27 +452,27 @@ def write_state(run: Run, tensors: dict, where: dict) -> None:
 def check_shared(folder: Path) -> None:
     """Raise InputError on a node that does not see what the first process wrote."""
     if not (folder / RESULTS).exists():
-        raise InputError(f"--out {folder} is not the same on all nodes: name a shared folder")
+        raise InputError(f"--out {folder} is not the same folder on all nodes: name a shared one")
 
 
 def state_folder(folder: Path) -> Path:
-    """Where the state is, even if a kill fell between the two moves of a save."""
+    """The folder of the last state, even if a save was killed between its two renames."""
     state, old = folder / "state", folder / "state.old"
     return old if old.exists() and not state.exists() else state
 
 
 def read_run(folder: Path) -> tuple[Run, dict]:
-    """The run and where it stood when it was last saved; a damaged file is named, and kept."""
+    """The run and what its last save holds; InputError names a damaged file, which is kept."""
     state = state_folder(folder)
     if not state.exists():
         raise InputError(f"--out {folder} holds no run to resume: leave out --resume to begin one")
     where = read_json(state / "where.json")
     if not {"progress", "stage", "sizes"} <= set(where):
-        raise InputError(f"{state / 'where.json'} is missing: restore it, or begin anew with --out")
+        raise InputError(f"{state / 'where.json'} is incomplete or missing: restore it")
     sizes = where["sizes"]
     for name, size in sizes.items():
         if size > ((folder / name).stat().st_size if (folder / name).exists() else 0):
-            raise InputError(f"{folder / name} is damaged (cut short), and kept: restore it")
+            raise InputError(f"{folder / name} is cut short, and was not changed: restore it")
     run = Run(folder, results=read_json(folder / RESULTS))
     if "base, sampled" not in run.results:
         raise InputError(f"{folder / RESULTS} is damaged or missing: restore it")
@@ -468,23 +482,23 @@ def read_run(folder: Path) -> tuple[Run, dict]:
 
 
 def read_state(run: Run, tensors: dict, where: dict) -> None:
-    """Read the tensors in place, and cut the logs back to where they were saved."""
+    """Read the tensors in place, and cut the logs back to their length at the last save."""
     ranks.load_sharded(tensors, state_folder(run.folder))
-    for name, size in where["sizes"].items():  # what came after the last save is done again
+    for name, size in where["sizes"].items():  # later steps are made again
         if ranks.rank() == 0 and (run.folder / name).exists():
             os.truncate(run.folder / name, size)
 
 
 # --- 3. Alarms ---------------------------------------------------------------------------------
 
-ALARM_STEPS = 50  # an alarm looks at the mean of so many steps
+ALARM_STEPS = 50  # an alarm looks at means over so many steps of a stage
 ALARM_METRICS = "acc_t1 acc_t2 copied cut_off unreadable kl_t1 kl_t2".split()
 
 
 def raise_alarms(lines: list[dict], base: dict, progress: Progress, fresh: bool) -> list[str]:
-    """The alarms that go off at the last line; each is printed and raised once.
+    """Print and return the alarms that begin at the last line; each is raised once in a run.
 
-    base: metrics of the base model, sampled. fresh: the policy began as a copy of the base.
+    base: metrics of the sampled base model. fresh: the policy began as a copy of the base model.
     """
     window, first = lines[-min(ALARM_STEPS, progress.step) :], fresh and len(lines) == 1
     full = first or len(window) == ALARM_STEPS
@@ -496,7 +510,7 @@ def raise_alarms(lines: list[dict], base: dict, progress: Progress, fresh: bool)
     collapsed = mean["copied"] > max(0.95, base["copied"]) and not unpaid
     moved = fresh and len(lines) == 1 and mean["kl_t1"] + mean["kl_t2"] > 1e-3
     alarms = {
-        "no reward: none is right, or hardly one states an answer; read samples.txt": full
+        "no reward: no attempt is right, or hardly one states an answer; read samples.txt": full
         and unpaid,
         "collapse: over 95 % of the answers are copied": full and collapsed,
         "sabotage: acc@t1 fell 5 points below the base while acc@t2 rose": full and fell,

@@ -1,4 +1,4 @@
-"""How it is asked: the prompts of each task, and the token ids that frame an attempt.
+"""How a model is asked: the prompts of each task, and the token ids that frame an attempt.
 
 SCoRe asks twice. Everything is joined as tokens, never by decoding and tokenising again:
 
@@ -8,9 +8,9 @@ SCoRe asks twice. Everything is joined as tokens, never by decoding and tokenisi
     x2 = x1 + y1 + p1                       the second prompt
     y2 = [...] + end token                  attempt 2, sampled
 
-All that a task is stands in one entry of TASKS, or in a Python file of your own (`--task FILE`):
-its problems, its words, its reward, and what it sets in score.py and eval.py. The prompts are the
-paper's (appendix C). Next to read: data.py.
+A task is one entry of TASKS, or a Python file of your own (`--task FILE`): its problems, its
+prompts, its reward, and the flags that it sets in score.py and eval.py. The prompts are the paper's
+(appendix C). Next to read: data.py.
 """
 
 import os
@@ -118,11 +118,11 @@ def heap_queue_largest(nums, n):
 """
 
 
-ATTEMPT_FLAGS = {  # flags of eval.py and score.py alike
+ATTEMPT_FLAGS = {  # flags that eval.py and score.py share
     "problems": "held-out problems",
     "max_new_tokens": "longest attempt, in tokens",
-    "precision": "float32 or bfloat16, of the weights",
-    "rows": "attempted side by side; costs memory",
+    "precision": "precision of the weights: float32 or bfloat16",
+    "rows": "problems attempted side by side; costs memory",
 }
 
 
@@ -130,12 +130,13 @@ ATTEMPT_FLAGS = {  # flags of eval.py and score.py alike
 class Task:
     """A task: problems, prompts, reward, and the flags of score.py and eval.py that it sets.
 
-    load(split, count): the first `count` problems of "train" or of one of `splits`, always in the
-    same order (count None: all). It has a parameter for each flag that it `takes`.
-    first(problem): the first prompt; again: the second. states(attempt, problem): what it answers,
-    None if that cannot be found; keeps: a reply that stands for the answer of the attempt before.
-    rewards(answers, problems): 1.0 or 0.0 for each of those answers; same(answer, answer). feedback
-    and refine are what Self-Refine says instead of `again`. training: other flags of score.py.
+    load(split, count): the first `count` problems (None: all) of "train" or of one of `splits`,
+    always in the same order; it has one more parameter for each flag in `takes`.
+    first(problem): the first prompt. again: the words that ask for another attempt.
+    states(attempt, problem): the answer in an attempt, None if there is none. keeps: an attempt
+    with this text keeps the answer of the attempt before. rewards(answers, problems): 1.0 or 0.0
+    for each answer. same(one, two): are two answers the same? feedback, refine: what Self-Refine
+    says instead of `again`. training: other flags of score.py.
     """
 
     load: Callable[..., tuple[Problem, ...]]
@@ -158,7 +159,7 @@ class Task:
 
 
 def each(is_right: Callable[[str, Problem], bool]):
-    """The rewards of many answers, one by one; where none is stated, 0.0."""
+    """Make a task's `rewards` from a function that judges one answer; no answer (None) gets 0.0."""
     return lambda answers, problems: [
         float(answer is not None and is_right(answer, problem))
         for answer, problem in zip(answers, problems, strict=True)
@@ -166,7 +167,7 @@ def each(is_right: Callable[[str, Problem], bool]):
 
 
 def right_answer(stated: str, problem: Problem) -> bool:
-    """Of a question of one's own, whose answer may be no mathematics."""
+    """Is an answer to one of your own questions right, as a text or as mathematics?"""
     gold = problem.answer
     return rewards.same_text(stated, gold) or rewards.is_right(stated, gold, problem.question)
 
@@ -180,7 +181,7 @@ def first_code(problem: Problem) -> str:
 
 
 def ask_math(problem: Problem) -> str:
-    """NOT STATED: where the question stands, and whether as a system or a user message."""
+    """MATH's first prompt; NOT STATED: where the question stands, and in which role's message."""
     return f"{MATH_PROMPT}\n\nProblem: {problem.question}"
 
 
@@ -266,7 +267,7 @@ def find_task(task: str) -> Task:
 
 @cache
 def run_task_file(path: str) -> Task:
-    """The TASK of a Python file, which may import what is beside it."""
+    """The TASK of a Python file, which may import modules from its own folder."""
     if not os.path.exists(path):
         raise InputError(f"--task {path} does not exist: name a Python file with TASK = Task(..)")
     sys.path.append(os.path.dirname(path))
@@ -274,7 +275,7 @@ def run_task_file(path: str) -> Task:
     if not isinstance(task, Task):
         raise InputError(f"--task {path} has no TASK = Task(..): add it, see TUTORIAL.md")
     if not isinstance(task.again, str) or not task.again.strip():
-        raise InputError(f"--task {path}: again is {task.again!r}: give the words that ask again")
+        raise InputError(f"--task {path} is wrong, since again is {task.again!r}: write a text")
     calls = {n: explained(path, n, getattr(task, n), check) for n, check in RESULTS.items()}
     training = dict(task.training)
     if training.get("out") in {None, *(known.training.get("out") for known in TASKS.values())}:
@@ -283,9 +284,9 @@ def run_task_file(path: str) -> Task:
 
 
 def explained(path: str, name: str, call: Callable, check=lambda result, *_: result) -> Callable:
-    """A function of a task file whose errors are told in one sentence, with their line.
+    """A function of a task file; its errors become one sentence that names the line.
 
-    check(result, *arguments): what is made of its result; an error if it cannot be.
+    check(result, *arguments) turns its result into the right type, or raises an error.
     """
 
     def called(*args, **flags):
@@ -297,7 +298,7 @@ def explained(path: str, name: str, call: Callable, check=lambda result, *_: res
             frames = traceback.extract_tb(error.__traceback__)
             lines = [frame.lineno for frame in frames if frame.filename == path]
             where = f", line {lines[-1]}" if lines else ""
-            raise InputError(f"--task {path}{where}: {name} fails ({error!r}): mend it") from error
+            raise InputError(f"--task {path}{where}: {name} fails ({error!r}): fix it") from error
 
     return called
 
@@ -328,7 +329,7 @@ def as_rewards(found, answers: list, *_) -> list[float]:
     return [float(value) for value in values]
 
 
-RESULTS = {  # of a task file's functions
+RESULTS = {  # what each function of a task file must return
     "load": as_problems,
     "first": as_text,
     "states": lambda stated, *_: stated if stated is None else as_text(stated),
@@ -345,10 +346,11 @@ def load_problems(
     ids: str = "",
     columns: str = "",
 ) -> tuple[Problem, ...]:
-    """Problems of a task's "train" split or of one that is held out, always in the same order.
+    """The problems of a task's "train" split, or of a held-out split, always in the same order.
 
-    data: folder of the task's files, "" for the hub; ids: of MBPP's problems to train on; columns:
-    of question and answer in own files. Raises InputError where there is nothing to read.
+    data: folder of the task's files, "" for the hub. ids: the problems of MBPP to train on.
+    columns: those of question and answer in your own files. Raises InputError if there is nothing
+    to read.
     """
     check_task(task, data=data, ids=ids, columns=columns)
     known = find_task(task)
@@ -362,7 +364,7 @@ def load_problems(
 
 
 def check_task(task: str, **flags: str) -> None:
-    """Raise InputError for a task that there is not, or one that does not take one of the flags."""
+    """Raise InputError for an unknown task, or for a flag that the task does not take."""
     takes = find_task(task).takes
     for flag, value in flags.items():
         if value and flag not in takes:
@@ -379,15 +381,16 @@ def settings_of(task: str) -> dict:
 
 
 def stated_answer(attempt: str, before: str | None, problem: Problem) -> str | None:
-    """The answer an attempt states, or None; before: that of the attempt before it."""
+    """The answer that an attempt states, or None; before: the answer of the attempt before it."""
     task = find_task(problem.task)
     return before if task.keeps and attempt == task.keeps else task.states(attempt, problem)
 
 
 def judge(attempts: list[str], before: list[str | None], problems: list[Problem]):
-    """What attempts at problems of one task state, and their rewards; before: as above, of each.
+    """The answers that attempts state, and their rewards; all problems are of one task.
 
-    The rewards of an unknown true answer (None) are 0.
+    before: for each attempt, the answer of the attempt before it. If the true answers are not known
+    (None), all rewards are 0.
     """
     stated = [stated_answer(*each) for each in zip(attempts, before, problems, strict=True)]
     if problems[0].answer is None:
@@ -396,13 +399,13 @@ def judge(attempts: list[str], before: list[str | None], problems: list[Problem]
 
 
 def agree(one: str | None, two: str | None, task: str) -> bool:
-    """Are two stated answers the same?"""
+    """Are two stated answers the same? If one is None, they are not."""
     return None not in (one, two) and (one == two or find_task(task).same(one, two))
 
 
 # --- 2. Prompts as token ids -----------------------------------------------------------------
 
-# For base models, which have no chat template. NOT STATED: any layout.
+# For base models, which have no chat template. NOT STATED: the layout.
 COMPLETION_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.content }}"
     "{% if message.role == 'user' %}{{ 'CUE' }}"
@@ -416,7 +419,7 @@ class Chat:
 
     p1: what stands between an attempt's end token and the next attempt. end_ids: every token that
     ends an attempt (Gemma: 1 and 107). close_id: the one that the chat template itself writes; it
-    closes an attempt that was cut off. p2: stands there from attempt 2 on, if it is another.
+    closes an attempt that was cut off. p2: if given, stands for p1 from attempt 2 on.
     """
 
     tokenizer: object
@@ -437,7 +440,7 @@ class Chat:
         return attempts * (max_new_tokens + 1 + longest)
 
     def x1(self, problem: Problem) -> list[int]:
-        """The first prompt's token ids; the template writes the one BOS."""
+        """The first prompt's token ids; its only BOS is written by the template."""
         return self.x1s([problem])[0]
 
     def x1s(self, problems: list[Problem]) -> list[list[int]]:
@@ -459,7 +462,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class Wording:
-    """What flags change in how it is asked; date is what a chat template takes for today's."""
+    """What flags change in the prompts; date is what a chat template takes for today's date."""
 
     prompt: str = ""
     again: str = ""
@@ -471,13 +474,13 @@ USUAL = Wording()
 
 
 def wording_of(settings) -> Wording:
-    """Of a Config, or of eval.py's flags; reads the files of --prompt and --correction."""
+    """The Wording of a Config or of eval.py's flags; reads the files of --prompt, --correction."""
     words = {"prompt": settings.prompt, "correction": settings.correction}
     prompt, again = (read_words(f"--{name}", path) for name, path in words.items())
     try:
         date.fromisoformat(settings.date)
     except ValueError as error:
-        raise InputError(f"--date {settings.date} is no date such as 2024-10-04") from error
+        raise InputError(f"--date {settings.date} is no date: give YYYY-MM-DD") from error
     return Wording(prompt, again, bool(settings.thinking), settings.date)
 
 
@@ -503,7 +506,7 @@ def render(tokenizer, completion: str, wording: Wording, messages: list[dict]) -
             add_generation_prompt=True,
             enable_thinking=wording.thinking,
         )
-    except Exception as error:  # whatever a template raises
+    except Exception as error:  # a template may raise anything
         raise InputError(
             f"the chat template of {tokenizer.name_or_path} cannot be used "
             f"({first_line(error)}): name another --model"
@@ -519,7 +522,7 @@ def refining(tokenizer, model, task: str, wording: Wording = USUAL) -> Chat:
 
 
 def read_words(flag: str, path: str) -> str:
-    """What a file of --prompt or --correction says, "" for no file; a prompt has {question}."""
+    """The words in a file of --prompt or --correction, "" for no file; a prompt has {question}."""
     if not path:
         return ""
     try:
@@ -530,7 +533,7 @@ def read_words(flag: str, path: str) -> str:
         raise InputError(f"{flag} {path} is empty: write the words into it")
     if flag == "--prompt" and "{question}" not in text:
         if "{question}" in text.lower().replace(" ", ""):
-            raise InputError(f"{flag} {path} has to spell {{question}} like that: mend it")
+            raise InputError(f"{flag} {path} misspells {{question}}: write it like this")
         text += "\n\n{question}"
     return text
 
@@ -538,8 +541,8 @@ def read_words(flag: str, path: str) -> str:
 def read_chat(tokenizer, model, task: str, wording: Wording = USUAL) -> Chat:
     """The Chat of a model: p1 and the end tokens, read from template and configs together.
 
-    For a tokenizer without a chat template COMPLETION_TEMPLATE stands in. Raises InputError if
-    there is no token that could end an attempt.
+    A tokenizer without a chat template gets COMPLETION_TEMPLATE. Raises InputError if there is no
+    token that could end an attempt.
     """
     completion = COMPLETION_TEMPLATE.replace("CUE", find_task(task).cue)
     write = partial(render, tokenizer, completion, wording)
@@ -558,7 +561,7 @@ def read_chat(tokenizer, model, task: str, wording: Wording = USUAL) -> Chat:
     if not ids or ids[0] not in end_ids | special:
         raise InputError(
             f"{tokenizer.name_or_path} has no end token: its chat template must close an answer "
-            "with one, or its tokenizer name an eos_token"
+            "with one, or its tokenizer must name an eos_token"
         )
     end_ids = tuple(sorted(end_ids | {ids[0]}))
     return Chat(tokenizer, ids[1:], end_ids, ids[0], write, prompt=wording.prompt)

@@ -1,11 +1,12 @@
-"""How fast is it? Things are timed side by side in one run: medians, and the spread of the ratio.
+"""How fast is it? Both sides are timed in turn; medians, and the ratio with its spread.
 
 python experiments/bench.py                   all parts, 15 minutes on two cores
-python experiments/bench.py rollout --k 1     some: rollout, operations, step, growth ...
+python experiments/bench.py rollout --k 1     some parts: rollout, operations, step, growth ...
 
-CPU seconds of one thread, since other programs may share the cores; on a GPU seconds. Models have
-random weights, prompts are random tokens, and attempts end where they are told to, so that everyone
-does the same work. The parts with TRL need `pip install trl==1.16.0`, and are left out without.
+On a CPU it counts the CPU seconds of one thread, since other programs may share the cores. On a GPU
+it counts seconds. Models have random weights, prompts are random tokens, and attempts end after a
+given number of tokens, so that both sides do the same work. The parts with TRL need `pip install
+trl==1.16.0`; without it they are left out.
 """
 
 import argparse
@@ -47,7 +48,7 @@ from learner import Learner  # noqa: E402
 from rewards import math_reward  # noqa: E402
 from tasks import Chat, load_problems  # noqa: E402
 
-REPEATS, TOKENS = 5, 24  # of an attempt
+REPEATS, TOKENS = 5, 24  # timed rounds; tokens of an attempt
 MICRO_TOKENS = 32 * 74  # 32 transcripts of two attempts: more is slower on a CPU
 SIZES = {  # layers, hidden size, heads, vocabulary, rows
     "tiny": (4, 128, 4, 64, 256),
@@ -59,7 +60,7 @@ FAMILIES = "Gemma2 Gemma3Text Llama Qwen2 Qwen3 Mistral Phi3 GPT2".split()
 
 
 def make_model(layers: int, hidden: int, heads: int, vocabulary: int, family: str = "Gemma2"):
-    """A random model of a family of transformers, in eval mode; its own modules, not yet fused."""
+    """A random model of a family of transformers, in eval mode; its modules are not yet fused."""
     ends = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
     if family == "GPT2":
         sizes = {"n_layer": layers, "n_embd": hidden, "n_head": heads, "n_positions": 2048}
@@ -77,7 +78,7 @@ def make_model(layers: int, hidden: int, heads: int, vocabulary: int, family: st
 
 @dataclass(frozen=True)
 class RandomChat:
-    """Prompts of random words, of lengths in a range; 1 ends an attempt."""
+    """A Chat with prompts of random tokens, of lengths in a range; 1 ends an attempt."""
 
     lengths: tuple[int, int] = (14, 21)
     p1: list[int] = field(default_factory=lambda: [5, 6, 7, 8, 9, 10])
@@ -116,7 +117,7 @@ def timed(job) -> float:
 
 
 def interleave(timers: dict) -> dict[str, list[float]]:
-    """Seconds of each timer in turn, REPEATS times after a warm-up; every other round backwards."""
+    """Seconds of each timer, REPEATS times after a warm-up; every second round in reverse order."""
     found = {name: [] for name in timers}
     for number in range(REPEATS + 1):
         for name in list(timers)[:: 1 if number % 2 else -1]:
@@ -125,7 +126,7 @@ def interleave(timers: dict) -> dict[str, list[float]]:
 
 
 def compare(title: str, seconds: dict[str, list[float]], base: str) -> None:
-    """A line each: median, and how it relates to `base` in the same round."""
+    """Print a line for each: its median, and its ratio to `base` in the same round."""
     print(f"\n{title}")
     for name, times in seconds.items():
         ratios = [one / other for one, other in zip(times, seconds[base], strict=True)]
@@ -158,7 +159,7 @@ def force(lengths: list[list[int]]) -> None:
 
 
 class EndAt(transformers.LogitsProcessor):
-    """The same for `generate`."""
+    """Does for `generate` what `force` does for the rollout."""
 
     def __init__(self, width: int, lengths: list[int], device):
         self.width, self.lengths = width, torch.tensor(lengths, device=device)
@@ -170,7 +171,7 @@ class EndAt(transformers.LogitsProcessor):
 
 
 def generate(model, prompts: list[list[int]], lengths: list[list[int]]) -> None:
-    """Two attempts by model.generate, the second from the whole transcript so far."""
+    """Two attempts by model.generate; the second prompt is the whole transcript so far."""
     rows = prompts
     for attempt in range(2):
         width, due = max(map(len, rows)), [ends[attempt] for ends in lengths]
@@ -187,14 +188,14 @@ def generate(model, prompts: list[list[int]], lengths: list[list[int]]) -> None:
 
 
 def bench_rollout(k: int) -> None:
-    """Two attempts of 24 tokens, or of lognormal lengths; k samples a prompt."""
+    """Time two attempts of 24 tokens, or of lognormal lengths; k samples of each prompt."""
     bench_family("small", "Gemma2", k)
     for family in FAMILIES:
         bench_family("tiny", family, k)
 
 
 def bench_family(size: str, family: str, k: int) -> None:
-    """A line for `generate` and for the rollout of one model, full and varied."""
+    """Compare `generate` and the rollout of one model, with full and with varied lengths."""
     *shape, rows = SIZES[size]
     own = make_model(*shape, family).to(ranks.device())
     model = fuse(copy.deepcopy(own))
@@ -247,7 +248,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def trl_timer(kind: str, count: int, length: int):
-    """A timer of a TRL step: `count` prompts of such a length, eight samples of 24 tokens each."""
+    """A timer of a TRL step: `count` prompts of `length` tokens, 8 samples of 24 tokens each."""
     from trl_step import trl_steps
 
     draw = random.Random(0)
@@ -258,10 +259,11 @@ def trl_timer(kind: str, count: int, length: int):
 
 
 def bench_step() -> None:
-    """12,288 sampled tokens: ours in 256 episodes of two attempts, TRL's in 512 of one.
+    """Time 12,288 sampled tokens: ours in 256 episodes of two attempts, TRL's in 512 completions.
 
-    Like for like, TRL makes a step of 256 after prompts of 20 tokens, as first attempts have them,
-    and one of 256 after prompts of 50, as second ones have. "first only" is easier: all after 20.
+    To be fair, TRL makes two steps: 256 completions after prompts of 20 tokens, as first attempts
+    have, and 256 after prompts of 50, as second ones have. "first attempts only" is easier: one
+    step, in which all 512 completions follow prompts of 20 tokens.
     """
     toss_coins()
     force([[TOKENS] * 2] * 256)
@@ -287,13 +289,13 @@ def bench_step() -> None:
 
 
 def in_child(job, *args):
-    """What job(*args) returns, in a process of its own: its peak of memory is no one else's."""
+    """What job(*args) returns, run in a new process, so that its memory peak is its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(job, *args).result()
 
 
 def peak() -> float:
-    """GB at the peak of this process; ru_maxrss would be that of the one which started it."""
+    """This process's peak in GB; ru_maxrss could be the peak of the process that started it."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -303,7 +305,7 @@ def peak() -> float:
 def log_probs(everywhere: bool, rows: int) -> tuple[float, float]:
     """Seconds and GB of the log-probs and exact KL of rows x 64 tokens, vocabulary 256,000.
 
-    Half of the tokens are attempts. everywhere: log_softmax of the model's logits at all of them.
+    Half of the tokens are attempts. everywhere: log_softmax of the model's logits at all tokens.
     """
     torch.set_num_threads(1)
     ref = fuse(make_model(1, 256, 4, 256_000))
@@ -345,9 +347,9 @@ def bench_log_probs() -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations that are no views, by name, as a GPU starts them.
+    """Counts the operations that a GPU starts, by name; views are not counted.
 
-    Composite ones are taken apart, except RMSNorm, for which a GPU has one.
+    Composite operations are taken apart, except RMSNorm, which is one operation on a GPU.
     """
 
     def __init__(self):
@@ -367,7 +369,7 @@ class Operations(TorchDispatchMode):
 
 
 def operations(dtype: torch.dtype, fused: bool, scoring: bool) -> Counter:
-    """Of one step of decoding 64 rows, or of scoring them, by Gemma 2 with 26 layers, as the 2B."""
+    """Counts for a step of decoding 64 rows, or for scoring them; 26 layers, as Gemma 2 2B has."""
     model = make_model(26, 64, 8, 64).to(dtype)
     if fused:
         fuse(model)
@@ -383,7 +385,7 @@ def operations(dtype: torch.dtype, fused: bool, scoring: bool) -> Counter:
 
 
 def bench_operations() -> None:
-    """How many operations a step of decoding and a pass of scoring start, before and after."""
+    """Count the operations of a decoding step and of a scoring pass, before and after `fuse`."""
     print("\noperations that are no views, Gemma 2 with 26 layers: own modules, fused")
     for scoring in (False, True):
         for dtype in (torch.float32, torch.bfloat16):
@@ -393,13 +395,13 @@ def bench_operations() -> None:
 
 
 def toss_coins() -> None:
-    """Let rewards be random: what attempts of random models say is worth nothing."""
+    """Make rewards random, since attempts of random models are never right."""
     coins = lambda attempts, _: [float(random.random() < 0.5) for _ in attempts]  # noqa: E731
     sample.TASKS["sums"] = replace(sample.TASKS["sums"], rewards=coins)
 
 
 def grown(batch: int, tokens: int) -> tuple[float, float, float]:
-    """Seconds of sampling and of learning, and GB above the weights, of a step."""
+    """Seconds of sampling and of learning in one step, and its GB above the weights."""
     torch.set_num_threads(1)
     toss_coins()
     force([[tokens] * 2] * batch)
@@ -417,7 +419,7 @@ def grown(batch: int, tokens: int) -> tuple[float, float, float]:
 
 
 def bench_growth() -> None:
-    """A step of the tiny model at three batches and at three lengths; the rest stays the same."""
+    """Time a step of the tiny model, for three batches and for three lengths."""
     print(f"\ngrowth of a step, tiny, micro-batches of {MICRO_TOKENS} tokens")
     for batch, tokens in ((128, 24), (256, 24), (512, 24), (128, 48), (128, 96)):
         sampling, learning, memory = in_child(grown, batch, tokens)
@@ -428,12 +430,12 @@ def bench_growth() -> None:
 
 
 def bench_programs() -> None:
-    """Programs a second on one core beside a large trainer, and a batch with endless loops."""
+    """Count programs in a second, on one core beside a large trainer; time a batch with loops."""
     problems = load_problems("code", "mbpp", data=str(ROOT / "tests" / "code"))
     jobs = [(problem.answer, list(problem.tests)) for problem in problems] * 200
-    trainer = torch.zeros(2**28)  # a GB that no judge shall copy
+    trainer = torch.zeros(2**28)  # 1 GB, which no judge may copy
     cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})  # of judges that start now, too
+    os.sched_setaffinity(0, {min(cores)})  # holds for judges that start now, too
     sandbox.run_many(jobs[: 4 * sandbox.WORKERS])
     seconds = wall(lambda: sandbox.run_many(jobs))
     each = statistics.median(wall(lambda job=job: sandbox.run_many([job])) for job in jobs[:400])
@@ -457,7 +459,7 @@ def wall(work) -> float:
 
 
 def bench_checker() -> None:
-    """Answers of MATH a second."""
+    """Count answers of MATH that are judged in a second."""
     file = ROOT / "tests" / "math" / "pairs.jsonl"
     pairs = [json.loads(line) for line in file.read_text().splitlines()]
     texts = [(f"so it is \\boxed{{{pair['prediction']}}}", pair["gold"]) for pair in pairs]
@@ -469,11 +471,11 @@ def bench_checker() -> None:
 
 
 def main() -> None:
-    """Print what was asked for."""
+    """Run the named parts."""
     parts = ("rollout", "operations", "step", "log_probs", "growth", "checker", "programs")
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("parts", nargs="*", choices=[*parts, []], help="default: all")
-    parser.add_argument("--k", type=int, default=8, help="samples a prompt, in rollout")
+    parser.add_argument("--k", type=int, default=8, help="samples of each prompt, in rollout")
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()

@@ -2,8 +2,9 @@
 
 python experiments/cell.py --far 2 --right 0.05 --out runs/cell     other flags are score.py's
 
---far: how many columns away a slow first attempt sees a carry, which limits attempt 1; --right: the
-share of right rewrites among the later attempts that the base is fitted on last; slips follow it.
+--far: how many columns away a slow first attempt sees a carry; this limits attempt 1. --right: the
+share of right rewrites among the later attempts in the last phase of fitting the base model; the
+share of rewrites with a slip changes in proportion.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import ranks
 import score
 import sft
 
-SLIPS = sft.PHASES[-1].slip / sft.PHASES[-1].right  # to each right rewrite
+SLIPS = sft.PHASES[-1].slip / sft.PHASES[-1].right  # for each right rewrite
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,13 +18,13 @@ from rewards import math_reward, same_answer  # noqa: E402
 
 
 def rows(name: str) -> list[dict]:
-    """What was judged by hand, of one kind."""
+    """Examples of one kind that were judged by hand."""
     lines = (ROOT / "tests" / "math" / f"{name}.jsonl").read_text("utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
 def report(name: str, judged: list[tuple[bool, bool]]) -> None:
-    """One line about (was it accepted?, is it right?)s."""
+    """Print a line about pairs (was it accepted?, is it right?)."""
     accepted = sum(found and not right for found, right in judged)
     rejected = sum(right and not found for found, right in judged)
     print(f"{name}: {len(judged)}, wrong accepts {accepted}, wrong rejects {rejected}")

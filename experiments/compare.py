@@ -3,8 +3,8 @@
     python experiments/compare.py OTHER         seed 3, 20 + 10 steps, one thread; some minutes
 
 OTHER is another checkout of this repository, such as a `git worktree` of an earlier commit. Both
-make the same runs; compared are the lines of metrics.jsonl but for their seconds, the transcripts,
-the results, and every tensor of every checkpoint and of the state to resume from.
+make the same runs. These are compared: the lines of metrics.jsonl without their seconds, the
+transcripts, the results, and every tensor of every checkpoint and of the state to resume from.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def train(checkout: Path, flags: str, out: Path) -> None:
 
 
 def contents(run: Path) -> dict:
-    """All that a run has made, by name: text as values, weights as tensors."""
+    """All that a run has written, by name: texts and numbers as values, weights as tensors."""
     lines = read_log(run / "metrics.jsonl")
     found = {f"step {line['step']}": {**line, "seconds": 0} for line in lines}
     for name in ("samples.txt", "episodes.jsonl", "results.json"):
@@ -53,7 +53,7 @@ def contents(run: Path) -> dict:
 
 
 def state_tensors(run: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a run's state by name, whatever number of processes wrote it."""
+    """Every tensor of a run's state by name, however many processes wrote it."""
     saved = dcp.FileSystemReader(run / "state").read_metadata().state_dict_metadata
     tensors = {name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in saved.items()}
     ranks.load_sharded(tensors, run / "state")
@@ -61,7 +61,7 @@ def state_tensors(run: Path) -> dict[str, torch.Tensor]:
 
 
 def differences(one: dict, two: dict) -> list[str]:
-    """Names of what is not the same in both."""
+    """The names of all that differs."""
 
     def same(a, b) -> bool:
         return torch.equal(a, b) if torch.is_tensor(a) and torch.is_tensor(b) else a == b
@@ -77,7 +77,7 @@ def main() -> int:
     parser.add_argument("other", type=Path, help="another checkout")
     other, status = parser.parse_args().other, 0
     if not (other / "score.py").exists():
-        parser.error(f"{other} is no checkout: it has no score.py")
+        parser.error(f"{other} is no checkout, since it has no score.py: name another")
     for name, flags in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:
             outs = [Path(folder) / side for side in ("one", "other")]

@@ -1,4 +1,4 @@
-"""Runs of score.py and eval.py, several at a time; what is done is not done again."""
+"""Runs of score.py and eval.py, several at a time; finished ones are not repeated."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ class Job:
 
 @dataclass
 class Running:
-    """The commands that run, and whether no other may begin."""
+    """The commands that run now; once `stopped`, no other begins."""
 
     processes: list[subprocess.Popen] = field(default_factory=list)
     stopped: bool = False
@@ -62,7 +62,7 @@ def do(job: Job, launcher: list[str], running: Running, threads: int) -> None:
         file.flush()
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
         running.processes.append(process)
-        if running.stopped:  # meanwhile
+        if running.stopped:  # stop() came before the process was listed
             process.terminate()
         status = process.wait()
         running.processes.remove(process)
@@ -73,7 +73,7 @@ def do(job: Job, launcher: list[str], running: Running, threads: int) -> None:
 
 
 def do_all(waves: list[list[Job]], jobs: int, launcher: list[str], threads: int = 1) -> None:
-    """Do each wave, `jobs` at a time; at an error or a signal, what runs is told to save."""
+    """Do the waves in turn, `jobs` at a time; at an error or a signal, tell all running to save."""
     running = Running()
     with tqdm(total=sum(map(len, waves)), desc="reproduce", unit="run") as bar:
         for wave in waves:
@@ -89,7 +89,7 @@ def do_all(waves: list[list[Job]], jobs: int, launcher: list[str], threads: int 
 
 
 def launch(gpus: int) -> list[str]:
-    """What stands before a script: Python, or torchrun, which is to wait for a step to end."""
+    """The words before a script: Python, or torchrun with time enough to end a step and save."""
     if not gpus:
         return [sys.executable]
     patience = ["--shutdown_timeout=600"] * (

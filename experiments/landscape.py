@@ -1,8 +1,8 @@
 """When does SCoRe pay? Its gain over direct multi-turn RL, for other base models of the same task.
 
-Two things change: how high attempt 1 can get, by what a slow first attempt sees (--far of cell.py),
-and how often the base, asked again, rewrites its answer rightly (--right). `python
-experiments/reproduce.py --map` makes the runs; it writes results.json, table.md and map.png.
+Two things change. --far of cell.py: how far a slow first attempt sees, which limits acc@t1.
+--right: how often the base model, asked again, gives a right rewrite. `python
+experiments/reproduce.py --map` makes the runs, and writes results.json, table.md and map.png.
 """
 
 from functools import cache
@@ -30,7 +30,7 @@ def folder_of(out: Path, far: int, right: float, seed: int) -> Path:
 
 
 def plan(out: Path, seeds: list[int], typed: dict, given: list[str]) -> list[list[Job]]:
-    """SCoRe in each cell, and then direct RL from the same base model; seed by seed."""
+    """Two waves: SCoRe in each cell, then direct RL from the same base models."""
     cfg = configure(typed)
     waves = [[], []]
     for seed in seeds:
@@ -53,13 +53,13 @@ def plan(out: Path, seeds: list[int], typed: dict, given: list[str]) -> list[lis
 
 @cache
 def ceiling(far: int) -> float:
-    """Share of held-out sums that can be had by seeing a carry so many columns away."""
+    """Share of held-out sums that are right if a carry is seen at most `far` columns away."""
     problems = load_problems("sums", "test", 2000)
     return mean(add_shortsightedly(columns_of(p), far) == p.answer for p in problems)
 
 
 def collect(out: Path, seeds: list[int], settings: dict) -> dict:
-    """By cell: what the base model does when it is sampled, and both methods' metrics by seed."""
+    """For each cell: i→c of the sampled base model, and the metrics of both methods by seed."""
     found = []
     for far, right in cells():
         folders = [folder_of(out, far, right, seed) for seed in seeds]
@@ -77,13 +77,13 @@ def collect(out: Path, seeds: list[int], settings: dict) -> dict:
 
 
 def gains(cell: dict, column: str) -> list[float]:
-    """SCoRe less direct RL, by seed."""
+    """SCoRe minus direct RL, by seed."""
     pairs = zip(cell[f"score {column}"], cell[f"direct {column}"], strict=True)
     return [ours - theirs for ours, theirs in pairs]
 
 
 def table(results: dict) -> str:
-    """Each cell: both methods, and the gain with its standard deviation over seeds."""
+    """A row for each cell: both methods, and the gain with its standard deviation over seeds."""
     rows = []
     for cell in results["cells"]:
         both = [short(mean(cell[f"{name} acc_t2"])) for name in ("direct", "score")]
@@ -95,7 +95,7 @@ def table(results: dict) -> str:
 
 
 def draw(out: Path, results: dict) -> Path:
-    """map.png: the gain in acc@t2 and in delta, over both."""
+    """Draw map.png: the gains in acc@t2 and in delta, over --right and the ceiling of attempt 1."""
     figure, axes = canvas(1, 2, (10, 4))
     by_place = {(cell["far"], cell["right"]): cell for cell in results["cells"]}
     for axis, column, title in zip(axes, ("acc_t2", "delta"), ("acc@t2", "delta"), strict=True):

@@ -1,4 +1,4 @@
-"""What fits on a GPU: memory of a training step, counted without one, and a real step.
+"""What fits on a GPU: the memory of a training step, counted without a GPU or measured on one.
 
 python experiments/memory.py --all                  count all of BENCHMARKS.md's table: an hour
 python experiments/memory.py                        the table, from assets/memory.json
@@ -6,9 +6,9 @@ python experiments/memory.py --model gemma-2-2b --lora 16 --rows 32 --micro-toke
 python experiments/memory.py --measure --lora 16    seconds and peak of a real step on this GPU
 
 Counting runs the project's own rollout and update on fake tensors, which have a shape and a size
-but no numbers, and adds up the bytes of those that live at the same time. It is the worst case: all
-prompts are as long as MATH's longest, and all attempts reach --max-new-tokens. Not counted: what
-CUDA itself takes (about 1 GB) and gaps between tensors.
+but no numbers, and adds up the bytes of those that live at the same time. This is the worst case:
+all prompts are as long as MATH's longest, and all attempts reach --max-new-tokens. Not counted are
+the memory of CUDA itself (about 1 GB) and gaps between tensors.
 """
 
 import argparse
@@ -53,7 +53,7 @@ from sample import Episode  # noqa: E402
 
 LONGEST, AGAIN = 800, 90  # tokens of MATH's longest x1, and of p1
 GB = 1e9
-GPUS = {16: 14.5, 24: 22, 40: 37, 80: 75}  # GB of a card, and of these to be used
+GPUS = {16: 14.5, 24: 22, 40: 37, 80: 75}  # GB of a GPU: GB of it that may be used
 SETTINGS = [(64, 8192), (32, 4096), (8, 2048)]  # --rows, --micro-tokens; the defaults first
 COUNTED = ROOT / "assets" / "memory.json"
 TRIED = "_propagate_tensor_meta_non_cached"  # where DTensor finds out the shape of a result
@@ -123,10 +123,10 @@ def make_config(name: str, **sizes: int):
 
 
 def make_learner(config, cfg: Config, world: int = 1, prompt: int = LONGEST) -> Learner:
-    """A Learner as learner.build makes it, on this machine or (within FakeTensorMode) nowhere.
+    """A Learner as learner.build makes it, with random weights (fake ones in FakeTensorMode).
 
-    The weights are random. world: among so many processes, which are fake if they are more than 1.
-    Not by models.distribute, since fake weights cannot be moved to another device or precision.
+    world: the number of processes; more than one are fake. models.distribute is not used, since
+    fake weights cannot be moved to another device or precision.
     """
     here = ranks.device()
     with unset_fake_temporarily(), torch.device("meta"):
@@ -150,7 +150,7 @@ def make_learner(config, cfg: Config, world: int = 1, prompt: int = LONGEST) -> 
 
 
 def materialize(made: list, device) -> None:
-    """Give models on the meta device weights on another, the same ones where they share them."""
+    """Give models on the meta device weights on `device`; shared weights stay shared."""
     fresh: dict[int, torch.Tensor] = {}
     for module in (module for model in made if model for module in model.modules()):
         for table in (module._parameters, module._buffers):
@@ -170,7 +170,7 @@ def materialize(made: list, device) -> None:
 
 
 class Counter(TorchDispatchMode):
-    """Adds up the bytes of the storages that are alive; `peak` is the most since it was set."""
+    """Adds up the bytes of all living storages; `peak` is their maximum since it was last set."""
 
     def __init__(self):
         super().__init__()
@@ -180,7 +180,7 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # it calls operations on its share, which come here
+            return NotImplemented  # its operations on local shares come here
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and not self.paused:
@@ -205,7 +205,7 @@ class Counter(TorchDispatchMode):
 
     @contextlib.contextmanager
     def watching(self, learner: Learner):
-        """Count from the weights and Adam's state of a learner on, FSDP's resizing included."""
+        """Count from a learner's weights and Adam's state on, with all that FSDP resizes."""
         made = filter(None, (learner.policy, learner.ref, learner.full_copy))
         tensors = [x for model in made for x in (*model.parameters(), *model.buffers())]
         tensors += [x for state in learner.optimizer.state.values() for x in state.values()]
@@ -217,7 +217,7 @@ class Counter(TorchDispatchMode):
             resize(storage, size)
             self.set_size(storage)
 
-        def unseen(*args):  # DTensor tries its operations on fake tensors of its own
+        def unseen(*args):  # DTensor tries operations on fake tensors: not counted
             self.paused = True
             try:
                 return tried(*args)
@@ -234,7 +234,7 @@ class Counter(TorchDispatchMode):
 
 @contextlib.contextmanager
 def fake_tensors(world: int):
-    """Within this, tensors have no numbers: 1 is read from all of them. Ranks are fake, too."""
+    """In here tensors have no numbers: whoever reads one gets 1. The ranks are fake, too."""
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     mesh = init_device_mesh("cpu", (world,))
 
@@ -255,7 +255,7 @@ def fake_tensors(world: int):
 
 @contextlib.contextmanager
 def few_steps(every: int):
-    """Let decoding compute some of its steps: the later one is, the more memory it takes."""
+    """Let decoding compute only some steps: the later a step is, the more memory it takes."""
     read, step, draw, kept = RowCache.read, RowCache.step, sample.draw, {}
 
     def begun(cache, contexts):
@@ -289,7 +289,7 @@ def count(config, cfg: Config, world=1, prompt=LONGEST, every=256) -> tuple[floa
     with fake_tensors(world):
         learner = make_learner(config, cfg, world, prompt)
         with few_steps(every), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of fake tensors, which have no address
+            warnings.simplefilter("ignore")  # about fake tensors, which have no address
             return peaks(counter, learner, world)
 
 
@@ -314,7 +314,7 @@ def peaks(counter: Counter, learner: Learner, world: int = 1) -> tuple[float, fl
 
 
 def count_all() -> None:
-    """Add to memory.json what is not in it yet; that takes an hour."""
+    """Count what memory.json lacks, and add it; all of it takes an hour."""
     counted = json.loads(COUNTED.read_text()) if COUNTED.exists() else {}
     for name, rank, world in JOBS:
         key = f"{name}, {f'--lora {rank}' if rank else 'full'}, {world} GPU{'s' * (world > 1)}"
@@ -329,7 +329,7 @@ def count_all() -> None:
 
 
 def table() -> str:
-    """What each model takes with the defaults of --task math, and the flags for smaller GPUs."""
+    """GB for each model with the defaults of --task math, and the flags for each size of GPU."""
     lines = ["| | sampling | training | " + " | ".join(f"{size} GB" for size in GPUS) + " |"]
     lines.append("| --- " * (3 + len(GPUS)) + "|")
     for name, found in json.loads(COUNTED.read_text()).items():
@@ -348,7 +348,7 @@ def largest(sizes: dict[str, float], usable: float) -> int:
 
 
 def as_flags(rows: int, micro_tokens: int) -> str:
-    """The flags to give for a GPU, where they are not the defaults."""
+    """The flags that a GPU needs: "yes" for the defaults, "no" if none are enough."""
     if not rows or not micro_tokens:
         return "no"
     flags = [f"--rows {rows}"] * (rows < SETTINGS[0][0])
@@ -360,7 +360,7 @@ def as_flags(rows: int, micro_tokens: int) -> str:
 
 
 def measure(args: argparse.Namespace) -> str:
-    """One step from sampling to Adam, after one that warms up; random rewards."""
+    """Measure a step from sampling to Adam, after a warm-up step; rewards are random."""
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": args.layers, "hidden_size": args.width}
     name = args.model or "gemma-2-2b"
@@ -385,7 +385,7 @@ def measure(args: argparse.Namespace) -> str:
 
 
 def timed(part):
-    """What a part of the step returns, and its seconds and peak memory."""
+    """What a part of the step returns, and a text with its seconds and peak memory."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
@@ -398,7 +398,7 @@ def timed(part):
 
 
 def with_coins(episodes: list[Episode]) -> list[Episode]:
-    """The same episodes with random rewards, so that every advantage is alive."""
+    """The same episodes with random rewards, so that advantages are not 0."""
     coin = torch.Generator().manual_seed(0)
     return [
         replace(e, attempts=tuple(replace(y, reward=float(toss(coin))) for y in e.attempts))
@@ -411,7 +411,7 @@ def toss(coin: torch.Generator) -> int:
 
 
 def settings(args: argparse.Namespace) -> Config:
-    """Those of --task math, with what was given."""
+    """The settings of --task math, changed by the flags that were given."""
     names = ("lora", "rows", "micro_tokens", "batch", "compile")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     given |= {"max_new_tokens": args.tokens} if args.tokens else {}
@@ -421,16 +421,16 @@ def settings(args: argparse.Namespace) -> Config:
 def main() -> None:
     """Print the table, a line for one setting, or the measurement."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", choices=CONFIGS, help="count this one")
+    parser.add_argument("--model", choices=CONFIGS, help="count this model")
     parser.add_argument("--all", action="store_true", help="count what is not yet in memory.json")
-    parser.add_argument("--measure", action="store_true", help="make a step on this machine")
-    parser.add_argument("--layers", type=int, help="fewer of them, for a trial")
+    parser.add_argument("--measure", action="store_true", help="measure a step on this machine")
+    parser.add_argument("--layers", type=int, help="number of layers, for a trial")
     parser.add_argument("--width", type=int, help="hidden size, for a trial")
-    parser.add_argument("--tokens", type=int, help="of an attempt")
+    parser.add_argument("--tokens", type=int, help="tokens of an attempt")
     parser.add_argument("--prompt", type=int, default=LONGEST, help="tokens of x1")
-    parser.add_argument("--world", type=int, default=1, help="GPUs")
+    parser.add_argument("--world", type=int, default=1, help="number of GPUs")
     for name in ("lora", "rows", "micro-tokens", "batch", "compile"):
-        parser.add_argument(f"--{name}", type=int, help="as score.py's")
+        parser.add_argument(f"--{name}", type=int, help="the same flag as score.py's")
     args = parser.parse_args()
     if args.measure:
         print(measure(args))

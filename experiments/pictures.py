@@ -1,14 +1,14 @@
-"""The story in pictures, from what reproduce.py has done. Each is drawn again by that command.
+"""The results in pictures, drawn by reproduce.py from its runs, anew each time.
 
 curve.png         SCoRe learns to correct, direct RL to copy: accuracy of both attempts
-multipliers.png   what each token is multiplied by, asked of the objectives themselves
-sft.png           why SFT fails where it does: how much it changes (Figure 3), and corrections
-                  of given against own first attempts (Figure 4)
+multipliers.png   what each token is multiplied by, computed by the objectives themselves
+sft.png           why SFT fails: how much of an answer it changes (Figure 3), and how often it
+                  corrects given and own first attempts (Figure 4)
 collapse.png      when correcting is lost: changed answers in training (Figure 5), and whether
                   a changed answer is better than the one before
 attempts.png      ten attempts in a row (Figure 8), by level (Figure 7), votes (Figure 1)
 
-Lines are means over seeds, bands go from the lowest seed to the highest.
+Lines are means over seeds. Bands go from the lowest seed to the highest.
 """
 
 from pathlib import Path
@@ -60,7 +60,7 @@ def draw(out: Path, seeds: list[int]) -> list[Path]:
 
 
 def over_seeds(axis, x, curves: list[list[float]], label: str, color: str, line="-", **style):
-    """The mean of one curve a seed, and a band from the lowest to the highest."""
+    """Draw the mean of the curves, one for each seed, and a band from the lowest to the highest."""
     columns = list(zip(*curves, strict=True))
     axis.plot(x, list(map(mean, columns)), line, label=label, color=color, **style)
     if len(curves) > 1:
@@ -76,7 +76,7 @@ def in_training(folders: list[Path], name: str) -> tuple[list[int], list[list[di
 
 
 def beside(axis, **settings) -> None:
-    """The legend, to the right of the axes."""
+    """Put the legend to the right of the axes."""
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), **settings)
 
 
@@ -109,7 +109,7 @@ def draw_curves(folders: list[Path]):
 
 
 def multipliers(stage: str, r1: float, r2: float, tokens: int = 3) -> list[list[float]]:
-    """score.multipliers for each token of y1 and y2; half of the siblings are right at both."""
+    """score.multipliers for each token of y1 and y2; half of the siblings are right in each."""
     r = torch.tensor([[r1, r2]])
     of_y = score.multipliers(STAGES[stage], r, torch.full_like(r, 0.5), Config())[0]
     return [[factor] * tokens for factor in of_y.tolist()]
@@ -205,7 +205,7 @@ def draw_collapse(folders: list[Path]):
 
 
 def gain_of_a_change(changed: list[list[float]], delta: list[list[float]]) -> list[float]:
-    """(i→c less c→i) over the share of changed answers, of 20 steps and all seeds together."""
+    """(i→c - c→i) over the share of changed answers, for 20 steps and all seeds together."""
     sums = ([sum(column) for column in zip(*curves, strict=True)] for curves in (delta, changed))
     gained, count = (smoothed(one, window=20) for one in sums)
     return [g / max(n, 1e-9) for g, n in zip(gained, count, strict=True)]

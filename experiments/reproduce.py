@@ -6,11 +6,11 @@
     python experiments/reproduce.py --model google/gemma-2-2b-it --task math --out runs/gemma
     python experiments/reproduce.py --map           when does SCoRe pay? (landscape.py)
 
-What is finished is kept, so that after any stop the same command goes on, run by run. All methods
-have the same base model, episodes per update and, but for rounding up, updates. One thread a run
-and one run a core (on GPUs one run at a time), so that the numbers do not depend on the number of
-cores. Other flags than these are score.py's, for every run. Writes results.json, tables (tables.py)
-and pictures (pictures.py), which need requirements-dev.txt.
+Finished runs are kept: after any stop, the same command goes on. All methods have the same base
+model, as many episodes per update, and (but for rounding up) as many updates. Each run has one
+thread, and each core one run (on GPUs, one run at a time), so that the numbers do not depend on the
+number of cores. All other flags go to score.py, in every run. Results are results.json, tables
+(tables.py) and pictures (pictures.py, which needs requirements-dev.txt).
 """
 
 import argparse
@@ -39,7 +39,7 @@ from score import STAGES  # noqa: E402
 from tasks import ATTEMPT_FLAGS  # noqa: E402
 
 # --- 1. The grid ---------------------------------------------------------------------------------
-# {base} and {stage1} are checkpoints of SCoRe's run of the same seed, {all} all of its updates.
+# {base} and {stage1} are checkpoints of SCoRe's run of the same seed; {all} counts its updates.
 
 TRAINED = {  # name of the run: flags, and the checkpoint they end with
     "score": ("--stage 1,2", "stage2"),
@@ -65,7 +65,7 @@ EVALUATED = {  # kind: flags of eval.py, the runs whose last checkpoint it is fo
     "repair": ("--repair", ("star+", "pair", "pair+", "direct", "score"), "metrics.json"),
     "samples": ("--samples 16 --problems 500", ("score",), "scaling.json"),
 }
-ASKING = 150  # tokens, about, of the words that ask for one more attempt
+ASKING = 150  # about so many tokens ask for one more attempt
 
 
 def model_of(folder: Path, name: str, model: str) -> str:
@@ -91,9 +91,9 @@ def most_attempts(cfg: Config) -> int:
 def plan(
     out: Path, seeds: list[int], typed: dict, given: list[str], attempts: int, only=()
 ) -> list[list[Job]]:
-    """All jobs, in waves that need those before: SCoRe, what is compared with it, evaluations.
+    """All jobs in three waves, each of which needs those before: SCoRe, other methods, evaluations.
 
-    only: the runs to make, all if there are none; some alone are not evaluated further.
+    only: the runs to make besides SCoRe; if it is empty, all runs and evaluations are made.
     """
     cfg = configure(typed)
     steps = cfg.steps1 + cfg.steps2
@@ -126,7 +126,7 @@ def plan(
 
 
 def of_eval(typed: dict) -> list[str]:
-    """Those of score.py's flags that eval.py has, too."""
+    """The typed flags that score.py and eval.py share."""
     shared = ("task", "data", *ATTEMPT_FLAGS)
     return [x for name in shared if name in typed for x in (as_flag(name), str(typed[name]))]
 
@@ -135,7 +135,7 @@ def of_eval(typed: dict) -> list[str]:
 
 
 def collect(out: Path, seeds: list[int], settings: dict) -> dict:
-    """results.json: metrics of every row by seed, of those that were done."""
+    """What results.json holds: metrics by seed of every row whose runs are done."""
     folders, rows = [out / f"seed-{seed}" for seed in seeds], {}
     for name in ROWS:
         file, key = f"{name}/results.json", TRAINED.get(name, ("", ""))[1]
@@ -156,7 +156,7 @@ def collect(out: Path, seeds: list[int], settings: dict) -> dict:
 
 
 def last_fifth(lines: list[dict], name: str) -> float:
-    """How far an accuracy moves in the last fifth of the last stage, sampled."""
+    """How far a sampled accuracy moves between the last two fifths of the last stage."""
     values = [line[name] for line in lines if line["stage"] == lines[-1]["stage"]]
     size = max(1, len(values) // 5)
     return statistics.mean(values[-size:]) - statistics.mean(values[-2 * size : -size] or values)
@@ -168,13 +168,13 @@ def last_fifth(lines: list[dict], name: str) -> float:
 def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, dict, list[str]]:
     """Flags of this script, and those for score.py, as values and as words."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--seeds", help="such as 50-59 (the default) or 3,5; of --map 30-32")
+    parser.add_argument("--seeds", help="such as 3,5 or 50-59 (the default; with --map 30-32)")
     parser.add_argument("--out", type=Path, help="default: runs/reproduce, or runs/map")
     parser.add_argument(
         "--only", default="", help=f"some of {', '.join(TRAINED)}; SCoRe always runs"
     )
-    parser.add_argument("--threads", type=int, default=1, help="of each run")
-    parser.add_argument("--map", action="store_true", help="SCoRe less direct RL, by base model")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each run")
+    parser.add_argument("--map", action="store_true", help="SCoRe minus direct RL, by base model")
     words = "GPUs of each run, by torchrun"
     parser.add_argument("--nproc-per-node", type=int, default=0, metavar="N", help=words)
     parser.error = reject
@@ -189,9 +189,9 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, dict, list[
     args.only = tuple(args.only.split(",")) if args.only else ()
     for name in args.only:
         if name not in TRAINED:
-            raise InputError(f"--only {name} is none of {', '.join(TRAINED)}")
+            raise InputError(f"--only {name} is unknown: choose some of {', '.join(TRAINED)}")
     if args.map and (args.only or typed.keys() & {"model", "task"}):
-        raise InputError("--map is of the built-in task: leave out --model, --task and --only")
+        raise InputError("--map is for the built-in task: leave out --model, --task and --only")
     if args.threads < 1 or args.nproc_per_node < 0:
         raise InputError("--threads must be 1 or more, and --nproc-per-node 0 or more")
     cfg = configure(typed)
@@ -216,20 +216,20 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         args, typed, given = parse_flags(argv)
-        canvas(1, 1, (1, 1))  # is there something to draw with?
+        canvas(1, 1, (1, 1))  # fails at once without matplotlib
         with runs.locked(args.out):
             go(args, typed, given)
     except InputError as error:
         print(f"reproduce.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped: the same command goes on, run by run", file=sys.stderr)
+        print("stopped: the same command goes on from here", file=sys.stderr)
         return 130
     return 0
 
 
 def go(args: argparse.Namespace, typed: dict, given: list[str]) -> None:
-    """Do what is left to do, and write results, tables and pictures."""
+    """Make the runs that are not done yet, and write results, tables and pictures."""
     kept = args.out / "settings.json"
     begun = kept.exists() and any(args.out.rglob("score/config.json"))
     wanted = typed | ({} if args.threads == 1 else {"threads": args.threads})

@@ -1,8 +1,8 @@
-"""What was found, as tables: every method, and every claim of the paper with our answer.
+"""The results as tables: every method, and every claim of the paper with our answer.
 
     python experiments/tables.py     those of README.md and RESULTS.md, from assets/results.json
 
-p values are of paired t-tests over seeds, those of the claims corrected for their number (Holm).
+The p values of the claims are of paired t-tests over seeds, with Holm's correction for many tests.
 """
 
 import json
@@ -15,7 +15,7 @@ from mpmath import betainc
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 ELSEWHERE = {"two-threads": "two threads", "micro-tokens": "`--micro-tokens 2048`"}
 DEFAULT = "default"  # seed 0: what `python score.py` gives
-ROWS = {  # by run; base and stage1 are of SCoRe's
+ROWS = {  # by run; base and stage1 are checkpoints of SCoRe's run
     "base": "base model",
     "refine": "Self-Refine",
     "star": "STaR, D",
@@ -60,7 +60,7 @@ def p_value(ours: list[float], theirs: list[float]) -> float | None:
 
 
 def holm(p_values: list[float | None]) -> list[float | None]:
-    """Holm's correction for many tests: the smallest p times their number, and so on."""
+    """Holm's correction for many tests: the smallest p times n, the next times n - 1 .."""
     tested = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
     corrected, highest = list(p_values), 0.0
     for rank, (p, i) in enumerate(tested):
@@ -109,7 +109,7 @@ def table(results: dict) -> str:
 
 
 def summary(results: dict, elsewhere: list[dict] = ()) -> str:
-    """README's table: a few methods; lowest to highest of the seeds, and of runs elsewhere."""
+    """README's table: a few methods; the range is of the seeds and of runs computed elsewhere."""
     lines = []
     for name in SUMMARY:
         cells = []
@@ -121,7 +121,7 @@ def summary(results: dict, elsewhere: list[dict] = ()) -> str:
 
 
 def rounding(results: dict, elsewhere: dict[str, dict]) -> str:
-    """SCoRe's row for some seeds as in the table, and as computed in other ways, by their name."""
+    """SCoRe's row for some seeds: as in the table, and computed in the ways in `elsewhere`."""
     columns, lines = ("acc_t1", "acc_t2", "delta"), []
     seeds = next(iter(elsewhere.values()))["seeds"]
     places = [results["seeds"].index(seed) for seed in seeds]
@@ -140,9 +140,9 @@ def rounding(results: dict, elsewhere: dict[str, dict]) -> str:
 
 @dataclass(frozen=True)
 class Claim:
-    """In the paper, `larger` is larger than `smaller`: (row, column) each.
+    """A claim of the paper: `larger` is larger than `smaller`; each is a (row, column).
 
-    or_equal: it is not smaller by more than half a point.
+    or_equal: then it is enough if `larger` is at most half a point smaller.
     """
 
     words: str
@@ -152,7 +152,7 @@ class Claim:
 
 
 def below(name: str, words: str) -> list[Claim]:
-    """That SCoRe is better than another method, in acc@t2 and in delta."""
+    """Claims that SCoRe is better than another method, in acc@t2 and in delta."""
     return [
         Claim(f"{words}: acc@t2 below SCoRe's", ("score", "acc_t2"), (name, "acc_t2")),
         Claim(f"{words}: delta below SCoRe's", ("score", "delta"), (name, "delta")),
@@ -191,7 +191,7 @@ CLAIMS = [
 
 
 def claims(results: dict) -> str:
-    """Each claim, both numbers, p and whether we agree."""
+    """A row for each claim: both numbers, p, and whether our results agree."""
     pairs = [
         [results["rows"][row][column] for row, column in (c.larger, c.smaller)] for c in CLAIMS
     ]

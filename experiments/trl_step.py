@@ -4,8 +4,8 @@
     next(steps)                                           # builds the trainer, and warms up
     wall, cpu = next(steps)                               # exactly one optimizer step, in seconds
 
-`trainer.train()` runs in a thread that stands still between two next(), so that anything else can
-be timed in between. A step holds all that TRL does for it, from the data loader to AdamW.
+`trainer.train()` runs in a thread that waits between two calls of next(), so that other things can
+be timed in between. A step includes all that TRL does for it, from the data loader to AdamW.
 """
 
 import queue
@@ -34,14 +34,14 @@ class Gate(TrainerCallback):
         control.should_training_stop = not self.turns.get()
 
     def run(self, train) -> None:
-        """The thread; an error is handed to whoever waits for the end of a step."""
+        """The work of the thread; an error is passed on to `step`, which raises it."""
         try:
             train()
         except BaseException as error:
             self.ends.put(error)
 
     def step(self) -> tuple[float, float]:
-        """Have one optimizer step made; returns wall and CPU seconds."""
+        """Let the thread make one optimizer step; returns wall and CPU seconds."""
         wall, cpu = time.perf_counter(), time.process_time()
         self.turns.put(True)
         error = self.ends.get()
@@ -54,7 +54,7 @@ class Gate(TrainerCallback):
 def trl_steps(
     kind: str, model, tokenizer, prompts: list[str], new_tokens=24, generations=8, micro_batch=64
 ) -> Iterator[tuple[float, float]]:
-    """Yields (wall, CPU) seconds of one optimizer step on all prompts, for ever; checks each."""
+    """Yields (wall, CPU) seconds of one optimizer step on all prompts, without end; checks each."""
     lengths, gate = [], Gate()
 
     def reward(completion_ids, **kwargs):
@@ -87,7 +87,7 @@ def trl_steps(
 
 
 def build_trainer(kind: str, model, tokenizer, prompts: list[str], reward, **settings):
-    """The trainer, with two copies of the model: TRL reads the reference from a folder only."""
+    """The trainer, with two copies of the model; TRL can read a reference only from a folder."""
     import trl
 
     name = {"rloo": "RLOO", "grpo": "GRPO"}[kind]

@@ -117,8 +117,8 @@ def test_without_network_and_files_one_sentence_says_both_ways_out(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"test_list": "assert f(1)"}, "task_id 511 is not as those of MBPP.*no list of tests"),
-        ({"test_list": ["assert f(1"]}, "task_id 511 is not as those of MBPP.*SyntaxError"),
+        ({"test_list": "assert f(1)"}, "task_id 511 is not a row of MBPP.*no list of tests"),
+        ({"test_list": ["assert f(1"]}, "task_id 511 is not a row of MBPP.*SyntaxError"),
         ({"test_list": []}, "task_id 511"),
         ({"code": None}, "mbpp.jsonl.gz, line 10 has no 'code', only"),
         ({"task_id": "x"}, "task_id x"),
@@ -149,7 +149,7 @@ def test_a_setup_and_a_split_that_is_not_asked_for_may_be_absent(tmp_path):
 def test_training_on_ids_of_mbpps_test_split_prints_a_warning(capsys):
     read_ids.cache_clear()
     assert read_ids("510-511") == (510, 511)
-    assert "--split mbpp, 11-510, is no test" in capsys.readouterr().err
+    assert "--ids 510-511 spoils --split mbpp, 11-510, as a test" in capsys.readouterr().err
 
 
 def test_a_folder_without_one_of_the_files_is_named(tmp_path):
@@ -329,7 +329,7 @@ def test_a_given_first_attempt_is_continued_as_tokens():
 )
 def test_a_row_that_names_no_problem_or_program_is_named(row, tmp_path):
     write_rows(tmp_path / "wrong.jsonl", [{"task_id": 11, "program": "x"}, row])
-    with pytest.raises(InputError, match="row 2: give the id"):
+    with pytest.raises(InputError, match="row 2 lacks an attempt or a problem of this --split"):
         read_attempts(tmp_path / "wrong.jsonl", list(ALL_BY_ID.values()))
 
 
@@ -338,7 +338,7 @@ def test_a_row_that_names_no_problem_or_program_is_named(row, tmp_path):
     [
         (["--split", "train"], "--split train"),
         (["--repair", "missing.jsonl"], "--repair missing.jsonl"),
-        (["--repair", "--attempts", "1"], "--repair needs --attempts 2"),
+        (["--repair", "--attempts", "1"], "--attempts 1 is too few for --repair"),
     ],
 )
 def test_bad_input_gives_one_sentence_and_status_2(

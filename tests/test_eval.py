@@ -120,7 +120,7 @@ def test_one_question_is_attempted_twice_and_not_judged(checkpoint, monkeypatch,
     assert ("cut off" in printed) == (not all(y.finished for y in episode.attempts))
     assert not (checkpoint.parent / "eval").exists()
     assert run_eval("--model", checkpoint.name, "--ask", " ") == 2
-    assert "--ask needs a question" in capsys.readouterr().err
+    assert "--ask ' ' cannot be used: give a question" in capsys.readouterr().err
     assert run_eval("--model", checkpoint.name, "--ask", question, "--refine") == 0
     assert "feedback" in capsys.readouterr().out
 
@@ -229,7 +229,7 @@ def test_the_command_prints_what_it_writes_and_draws_it(checkpoint, tmp_path, ca
 def test_bad_samples_give_one_sentence(flags, checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run_eval("--model", checkpoint, *flags) == 2
-    assert "eval.py: --samples must be 1 or more" in capsys.readouterr().err
+    assert f"eval.py: --samples {flags[1]} cannot be used: give 1" in capsys.readouterr().err
 
 
 # --- 3. Self-Refine ----------------------------------------------------------------------------
@@ -280,4 +280,4 @@ def test_self_refine_measures_both_attempts_and_keeps_the_feedback(tmp_path, cap
     assert "acc_t3" not in metrics
     for wrong in (["--attempts", "3"], ["--samples", "2"], ["--repair"]):
         assert evaluation.main([*map(str, asked), "--refine", *wrong]) == 2
-        assert "--refine goes with neither" in capsys.readouterr().err
+        assert "--refine must be alone: leave out --attempts" in capsys.readouterr().err

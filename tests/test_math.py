@@ -207,7 +207,7 @@ def test_rows_side_by_side_do_not_change_what_is_sampled(small_gemma):
         (["--model", "builtin"], "--model builtin can only add"),
         (["--model", "no/such"], "no/such"),
         (["--data", "numbers"], "numbers/train.jsonl, line 1"),
-        (["--data", "void"], "the train file holds no problem"),
+        (["--data", "void"], "void has no train problem with an answer: add some"),
         (["--data", "squashed"], "squashed/train.jsonl.gz cannot be read"),
         (["--rows", "0"], "--rows"),
         (["--micro-tokens", "0"], "--micro-tokens"),

@@ -167,7 +167,7 @@ def test_columns_may_have_other_names_and_solutions_end_in_their_answer(folder, 
     found = load_problems("answers", "train", data=str(folder), columns="q, how")
     said = capsys.readouterr().err
     assert "left out 1 train rows without question or answer, such as ['c?', '#### ']" in said
-    assert "left out 1 train rows asked before, such as ['a?', '3']" in said
+    assert "left out 1 train rows that repeat a question, such as ['a?', '3']" in said
     assert [(p.question, p.answer) for p in found] == [("a?", "1,042"), ("b?", "7")]
     for columns in ("q", "q,how,why", ","):
         with pytest.raises(InputError, match="must name two"):
@@ -183,7 +183,7 @@ def test_columns_may_have_other_names_and_solutions_end_in_their_answer(folder, 
 def test_a_comma_outside_of_quotes_is_reported(folder):
     (folder / "train.csv").write_text("question,answer\n1?,1\nCapital of the USA?,Washington, D.C.")
     (folder / "test.csv").write_text("question,answer\n2?,2")
-    with pytest.raises(InputError, match=r"train.csv, row 2 has not as many cells.*quotes.*USA"):
+    with pytest.raises(InputError, match=r"train.csv, row 2 has more or fewer cells.*quotes.*USA"):
         load_problems("answers", "train", data=str(folder))
     (folder / "train.csv").write_text("question;answer\n1?;1")
     own_problems.cache_clear()

@@ -336,8 +336,8 @@ def test_the_control_starts_from_the_base_with_init(checkpoint, tmp_path):
         (["--unknown", "1"], "--unknown"),
         (["--lr", "inf"], "--lr"),
         (["--out", "a file/run"], "a file"),
-        (["--out", "torn"], "holds something else than a run"),
-        (["--out", "notes"], "holds something else than a run"),
+        (["--out", "torn"], "holds no run, but other files"),
+        (["--out", "notes"], "holds no run, but other files"),
         (["--data", "notes"], "--data notes is for --task math or answers or code"),
         (["--k", "two"], "--k"),
         (["--temperature", "1e-40"], "--temperature 1e-40"),
@@ -443,7 +443,7 @@ def test_more_steps_may_be_made_after_the_end_as_if_they_had_been_planned(
     flags = ["--model", checkpoint, *SMALL, "--steps2", 6]
     assert run_score(*flags, "--out", whole) == 0
     assert run_score("--resume", "--out", finished, "--steps1", 9) == 2
-    assert "--steps1 9: its stage is over, and had 5 steps" in capsys.readouterr().err
+    assert "--steps1 9 is too late, since its stage ended after 5 steps" in capsys.readouterr().err
     assert run_score("--resume", "--out", finished, "--steps2", 2) == 2
     assert "--steps2 2 is less than the 3 steps that were made" in capsys.readouterr().err
     assert run_score("--resume", "--out", finished, "--steps2", 6) == 0
