@@ -126,8 +126,8 @@ def plan(
 
 
 def of_eval(typed: dict) -> list[str]:
-    """The typed flags that score.py and eval.py share."""
-    shared = ("task", "data", *ATTEMPT_FLAGS)
+    """The task, and the typed flags that score.py and eval.py share."""
+    shared, typed = ("task", "data", *ATTEMPT_FLAGS), {"task": Config.task, **typed}
     return [x for name in shared if name in typed for x in (as_flag(name), str(typed[name]))]
 
 

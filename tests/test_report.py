@@ -46,7 +46,8 @@ def test_a_run_is_shown_with_curves_results_and_episodes(finished, capsys):
     assert run["steps"] == list(range(8)) and run["settings"]["steps1"] == 5
     assert run["stages"] == [{"title": "Stage I", "start": 0}, {"title": "Stage II", "start": 5}]
     assert run["curves"]["acc_t2"] == [json.loads(line)["acc_t2"] for line in lines]
-    assert run["alarms"] == [{"step": 2, "text": "cut off: over 10 %"}]
+    earlier = [{"step": 0, "text": text} for text in json.loads(lines[0])["alarms"]]
+    assert run["alarms"] == [*earlier, {"step": 2, "text": "cut off: over 10 %"}]
     assert [point["step"] for point in run["held_out"]] == [3, 7]
     rows = {row["name"]: row for row in run["table"]}
     assert list(rows) == ["base", "stage1", "stage2", "eval/stage2"]
