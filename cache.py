@@ -1,14 +1,14 @@
-"""What the rows have read so far: keys and values that attempts are continued from.
+"""The KV cache of a rollout: keys and values of all tokens that the rows have read so far.
 
-    read(contexts)   take in what is new of each row's context; all rows are live again
-    step(token)      take in one more token of each live row
-    keep(going)      go on with these of the live rows only
+    read(contexts)   read what is new in each row's context; all rows are live again
+    step(token)      read one more token of each live row
+    keep(going)      go on with some of the live rows only
 
 It works for every causal LM of transformers that takes a Cache, through the model's own forward.
-Rows stand at their own positions in memory that is there from the start, a prompt is read once for
-its k samples, and attempt 2 continues where attempt 1 ended: the last token of attempt 1 was
-sampled but never fed, so it is read with p1. Who stands where is known on the host: a step waits
-for the GPU once, to hear which rows are going on. Next to read: tasks.py.
+Its memory is allocated once, and each row has its own length in it. A prompt is read once for its k
+samples. Attempt 2 continues where attempt 1 ended: the last token of attempt 1 was sampled but not
+yet read, so it is read with p1. The CPU knows the place and the length of each row. So a step waits
+for the GPU only once, to learn which rows go on. Next to read: tasks.py.
 """
 
 import torch
@@ -17,7 +17,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from fused import GROUPED, join
 from models import head
 
-# Shapes: B rows, n of them live, S new tokens, L columns in use, V vocabulary, D size of a head.
+# Shapes: B rows, n of them live, S new tokens, L columns (positions) in use, V vocabulary, G heads
+# of keys and values, D size of a head.
 
 
 class RowCache(Cache):
@@ -33,17 +34,17 @@ class RowCache(Cache):
         self.kinds = sorted(set(getattr(config, "layer_types", None) or [usual]))
         self.numbers = torch.arange(max(rows, columns), device=model.device)
         self.mask = torch.tensor([-torch.inf, 0], dtype=model.dtype, device=model.device)
-        self.row_at = list(range(rows))  # which row stands where
-        self.held = [0] * rows  # tokens of each
-        self.longest = 0  # of the live rows' tokens
+        self.row_at = list(range(rows))  # the row at each place
+        self.held = [0] * rows  # tokens of the row at each place
+        self.longest = 0  # most tokens of a live row
         self.places = None  # rows (n, 1) and columns (n, S) of the new tokens
 
     def read(self, contexts: list[list[int]]) -> tuple[list[int], torch.Tensor]:
-        """The live rows, B, in their order, and the logits (B, V) of what follows."""
+        """Read contexts; returns all B rows in their order, and the logits (B, V) that follow."""
         if any(self.held):
             places = zip(self.row_at, self.held, strict=True)
             return [*self.row_at], self.extend([contexts[row][n:] for row, n in places])
-        place: dict[tuple, int] = {}  # the samples of a prompt are read as one
+        place: dict[tuple, int] = {}  # samples of one prompt share a place
         owner = [place.setdefault(tuple(context), len(place)) for context in contexts]
         logits = self.extend(list(place))
         for layer in self.layers:
@@ -53,30 +54,30 @@ class RowCache(Cache):
         return [*self.row_at], logits[owner]
 
     def extend(self, new: list[list[int]]) -> torch.Tensor:
-        """Read the `new` tokens of the first rows; returns the logits (n, V) of what follows."""
+        """Read the `new` tokens of the first rows; returns the logits (n, V) of the next tokens."""
         rows, width = range(len(new)), max(map(len, new))
         padded = [[*row, *row[-1:] * (width - len(row))] for row in new]
         tokens, counts, held = map(self.tensor, (padded, map(len, new), self.held[: len(new)]))
         self.held[: len(new)] = [self.held[i] + len(new[i]) for i in rows]
         self.longest, each = max(self.held[: len(new)]), self.numbers[:width]
         positions = held[:, None] + each.clamp(max=counts[:, None] - 1)  # (n, S)
-        # pads are written where nobody looks, into one more column
+        # pads are written into one extra column, which no row looks at
         columns = positions.where(each < counts[:, None], self.columns)
         hidden = self.forward(tokens, positions, columns)
         return head(self.model, hidden[self.numbers[: len(new)], counts - 1])
 
     def step(self, token: torch.Tensor) -> torch.Tensor:
-        """Token (n,) of each live row in their order; returns the next logits (n, V)."""
+        """Read one token (n,) of each live row in their order; returns the next logits (n, V)."""
         held = self.tensor(self.held[: len(token)])
         self.held[: len(token)] = [n + 1 for n in self.held[: len(token)]]
         self.longest += 1
         return head(self.model, self.forward(token[:, None], held[:, None], held[:, None])[:, 0])
 
     def keep(self, going: torch.Tensor) -> list[int]:
-        """Let the live rows that are `going` (n,) go on; returns which, in their new order.
+        """Go on with the live rows for which `going` (n,) is true; returns their old places.
 
-        A finished row changes places with a going one from the end, and stays there until the next
-        attempt is asked for.
+        They are in the new order: a finished row changes places with a live one from the end. It
+        stays there until the next attempt is asked for.
         """
         flags = going.tolist()  # waits for the GPU
         count, order = sum(flags), list(range(len(flags)))
@@ -94,11 +95,11 @@ class RowCache(Cache):
         return order[:count]
 
     def tensor(self, numbers) -> torch.Tensor:
-        """Numbers of the host, beside the model."""
+        """A tensor of numbers, on the model's device."""
         return torch.tensor(list(numbers), device=self.numbers.device)
 
     def write(self, new: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`update` of a layer from keys and values in one tensor, (n, S, 2, G, D)."""
+        """`update` of a layer, given keys and values in one tensor, (n, S, 2, G, D)."""
         return self.layers[layer].write(new)
 
     def forward(self, tokens, positions, columns) -> torch.Tensor:
@@ -126,14 +127,14 @@ class RowCache(Cache):
 
 
 class Layer(CacheLayerMixin):
-    """Keys and values (B, G, columns, D) of one layer, made when the first come."""
+    """Keys and values (B, G, columns, D) of one layer, allocated when the first are written."""
 
     def __init__(self, cache: RowCache):
         super().__init__()
         self.cache = cache
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Zeros, since what is masked has weight 0 but is multiplied all the same."""
+        """Allocate zeros: masked values are multiplied by 0, which must not give NaN."""
         rows, columns = self.cache.rows, self.cache.columns + 1
         shapes = [(rows, x.shape[1], columns, x.shape[3]) for x in (key_states, value_states)]
         if shapes[0] == shapes[1]:
@@ -153,7 +154,7 @@ class Layer(CacheLayerMixin):
         return self.in_use(len(key_states))
 
     def write(self, new: torch.Tensor):
-        """`update` from keys and values in one tensor, (n, S, 2, G, D)."""
+        """`update`, given keys and values in one tensor, (n, S, 2, G, D)."""
         if not self.is_initialized:
             self.lazy_initialization(*new.permute(2, 0, 3, 1, 4))
         rows, columns = self.cache.places

@@ -1,7 +1,7 @@
-"""What a run is told: the flags of score.py and eval.py, and what makes a stage.
+"""The settings of a run: all flags of score.py and eval.py, and what a stage consists of.
 
-All modules may import this one. It loads neither torch nor transformers, so --help and a mistyped
-flag are answered at once. Next to read: learner.py.
+All modules may import this one. It loads neither torch nor transformers, so that --help and a
+mistyped flag are answered at once. Next to read: learner.py.
 """
 
 import argparse
@@ -19,15 +19,15 @@ from pathlib import Path
 from data import InputError
 from tasks import ATTEMPT_FLAGS, TASKS, Wording, check_task, find_task, settings_of, wording_of
 
-COLDEST = 0.01  # temperature: what is divided by less may not be finite
+COLDEST = 0.01  # lowest temperature: logits divided by less may not be finite
 VOTES_TEMPERATURE = 0.7  # section 6.2
-LORA_LR = 10  # times the learning rate; NOT STATED, of "LoRA Without Regret"
+LORA_LR = 10  # factor of the learning rate with --lora; NOT STATED, from "LoRA Without Regret"
 
 # --- 1. Settings of a run ----------------------------------------------------------------------
 
 
 def flag(default, words: str):
-    """A setting: its default, what it is and where it comes from."""
+    """A setting with its default and its help text."""
     return field(default=default, metadata={"help": words})
 
 
@@ -36,59 +36,116 @@ class Config:
     """All settings of a run. Defaults are the built-in task's; other tasks set theirs in TASKS."""
 
     stage: str = flag(
-        "1,2", "stages, in order, such as 1 or 1,2,1,2; others: 0 1b star star+ pair pair+"
+        "1,2",
+        "stages to train, in order: 1 and 2 are Stage I and Stage II of SCoRe, 1b is Stage I for "
+        "a third attempt; for comparison: 0 (single-turn RL), star, star+, pair, pair+ (supervised "
+        "learning)",
     )
-    model: str = flag("builtin", "base model: builtin, a checkpoint folder or a name on the hub")
-    init: str = flag("", "checkpoint from which the policy starts, if not the base model")
-    task: str = flag("sums", "what to learn: sums, math, code, answers, or a Python file")
-    data: str = flag("", "folder with the task's files, not the hub; answers: or a name on the hub")
-    columns: str = flag("", "of --task answers, such as problem,solution; usual: question,answer")
-    prompt: str = flag("", "file with other words of the first prompt; {question} stands in it")
-    correction: str = flag("", "file with other words that ask for another attempt")
+    model: str = flag(
+        "builtin", "base model: builtin, a checkpoint folder, or a name on the Hugging Face hub"
+    )
+    init: str = flag("", "checkpoint that the policy starts from, instead of the base model")
+    task: str = flag(
+        "sums",
+        "what to learn: sums (column addition), math (MATH), code (MBPP), answers (your own "
+        "questions), or a Python file with TASK = Task(..)",
+    )
+    data: str = flag(
+        "",
+        "folder with the task's files, used instead of the hub; for --task answers also a name on "
+        "the hub, such as openai/gsm8k:main",
+    )
+    columns: str = flag(
+        "",
+        "for --task answers: names of the columns of questions and answers, such as "
+        "problem,solution; if not given, question,answer",
+    )
+    prompt: str = flag("", "file with your own first prompt; {question} in it is replaced")
+    correction: str = flag("", "file with your own words that ask for another attempt")
     thinking: int = flag(0, "1: let the chat template ask for thinking first, as Qwen3's can")
-    date: str = flag(Wording.date, "fixed date for chat templates that print today's")
-    ids: str = flag("", "ids of MBPP's problems to train on, such as 601-974; NOT STATED")
-    out: str = flag("runs/sums", "run folder")
-    seed: int = flag(0, "random seed for the base model, the order of problems and sampling")
-    steps1: int = flag(120, "updates in stages 1, 1b and 0; Table 8: 3000 in all, split NOT STATED")
-    steps2: int = flag(120, "updates in Stage II, and in each of star and pair")
-    attempts: int = flag(2, "attempts at a problem in Stage II; 3 goes with --stage 1,1b,2")
+    date: str = flag(Wording.date, "fixed date for chat templates that print today's date")
+    ids: str = flag(
+        "",
+        "for --task code: ids of MBPP's problems to train on, such as 601-974; the paper's are "
+        "NOT STATED",
+    )
+    out: str = flag("runs/sums", "run folder, for checkpoints, logs and results")
+    seed: int = flag(0, "random seed of new weights, of the order of problems and of sampling")
+    steps1: int = flag(
+        120,
+        "updates in each of the stages 1, 1b and 0; Table 8 has 3000 in all for MATH, the split "
+        "is NOT STATED",
+    )
+    steps2: int = flag(120, "updates in each of the stages 2, star, star+, pair and pair+")
+    attempts: int = flag(
+        2, "attempts at a problem, in Stage II and in evaluations; 3 goes with --stage 1,1b,2"
+    )
     batch: int = flag(
-        128, "episodes in a step, k of each problem; Table 8: 512, the unit is NOT STATED"
+        128,
+        "episodes in an update, k of each problem; Table 8 has 512 for MATH, the unit NOT STATED",
     )
-    k: int = flag(8, "samples of each problem, at least 2; NOT STATED, RLOO's paper: 2 and 4")
+    k: int = flag(
+        8, "samples of each problem, at least 2; NOT STATED, the paper on RLOO has 2 and 4"
+    )
     lr: float = flag(
-        5e-4, "learning rate of Adam, ten times that with --lora; Table 8: 5e-6, for large models"
+        5e-4,
+        "learning rate of Adam; with --lora the default is ten times as large; Table 8 has 5e-6 "
+        "for MATH",
     )
-    alpha: float = flag(10.0, "weight of the bonus; Table 8")
-    beta1: float = flag(0.12, "weight of the ordinary KL; Table 8: 0.01")
-    beta2: float = flag(0.1, "weight of Stage I's KL on attempt 1; Table 8")
+    alpha: float = flag(10.0, "weight of the bonus on attempt 2 in Stage II; as in Table 8")
+    beta1: float = flag(
+        0.12, "weight of the KL penalty wherever --beta2 does not apply; Table 8 has 0.01"
+    )
+    beta2: float = flag(
+        0.1, "weight of the KL penalty on attempt 1 in Stage I; as in Table 8 for MATH"
+    )
     adaptive_beta2: bool = flag(
-        False, "let beta2 follow the size of its KL; the rule is NOT STATED"
+        False,
+        "change beta2 in training, so that its penalty becomes as large as the advantage; the "
+        "rule is NOT STATED",
     )
-    temperature: float = flag(1.0, "temperature at which the policy is sampled and scored; Table 8")
-    offline: float = flag(0.0, "share of problems whose attempt 1 is the base's (section 5.3)")
-    clip: float = flag(1.0, "largest norm of a gradient; NOT STATED, 1 is the custom")
+    temperature: float = flag(
+        1.0, "temperature at which the policy is sampled and scored; as in Table 8"
+    )
+    offline: float = flag(
+        0.0, "share of problems whose attempt 1 is sampled from the base model (section 5.3)"
+    )
+    clip: float = flag(1.0, "largest norm of a gradient; NOT STATED, 1 is usual")
     max_new_tokens: int = flag(10, "longest attempt, in tokens; NOT STATED, a sum needs 9")
     lora: int = flag(0, "rank of LoRA adapters; 0 trains all weights, as the paper does")
-    precision: str = flag("float32", "float32, or bfloat16 with float32 masters")
-    rows: int = flag(500, "episodes sampled side by side; costs memory, does not change the result")
-    micro_tokens: int = flag(
-        16384, "tokens in a forward pass; costs memory, does not change the result"
+    precision: str = flag(
+        "float32", "precision of the weights: float32, or bfloat16 (Adam then has a float32 copy)"
     )
-    recompute: int = flag(0, "1: compute activations again in backward, to hold fewer of them")
-    compile: int = flag(0, "1: torch.compile the model; its first steps then take minutes")
-    save_every: int = flag(25, "steps between two saves; the best one is the stage's checkpoint")
+    rows: int = flag(
+        500, "episodes sampled at the same time; more need more memory, the result stays the same"
+    )
+    micro_tokens: int = flag(
+        16384,
+        "tokens in a forward pass of training; more need more memory, the result stays the same",
+    )
+    recompute: int = flag(
+        0, "1: compute activations again in backward, instead of keeping them; it saves memory"
+    )
+    compile: int = flag(0, "1: use torch.compile; the first steps then take minutes")
+    save_every: int = flag(
+        25, "steps between two saves; the save with the best reward becomes the stage's checkpoint"
+    )
     show_every: int = flag(25, "steps between transcripts in samples.txt")
-    problems: int = flag(2000, "held-out problems in the table at the end")
-    eval_every: int = flag(0, "steps between evaluations on those; 0: at the end of a stage only")
-    tensorboard: int = flag(0, "1: write the metrics for TensorBoard, too")
-    resume: bool = flag(False, "go on with the run in --out; more steps may be given")
+    problems: int = flag(2000, "held-out problems to evaluate on")
+    eval_every: int = flag(
+        0, "steps between two evaluations on held-out problems; 0: none within a stage"
+    )
+    tensorboard: int = flag(0, "1: also write the metrics for TensorBoard")
+    resume: bool = flag(
+        False, "go on with the run in --out; larger --steps1 and --steps2 may be given"
+    )
 
 
 GROUPS = {  # of --help
     "what to learn": "stage model init task data columns prompt correction thinking date ids",
-    "the algorithm": "steps1 steps2 batch k lr alpha beta1 beta2 adaptive_beta2 clip lora seed",
+    "the algorithm (Table 8: of arXiv 2409.12917; NOT STATED: the paper is silent)": (
+        "steps1 steps2 batch k lr alpha beta1 beta2 adaptive_beta2 clip lora seed"
+    ),
     "sampling": "attempts temperature max_new_tokens offline",
     "memory and speed": "precision rows micro_tokens recompute compile",
     "the run": "out resume save_every show_every problems eval_every tensorboard",
@@ -103,23 +160,25 @@ EVAL_EXAMPLES = """examples:
   python eval.py --model runs/answers/stage2 --ask "What is half of 7?"
   python eval.py --report runs/sums                         a page on the run
 """
-SHARED = ("data", "columns", "prompt", "correction", "thinking", "date")  # with eval.py
-PATHS = ("model", "init", "data", "prompt", "correction")  # where they name something here
+SHARED = ("data", "columns", "prompt", "correction", "thinking", "date")  # eval.py has them, too
+PATHS = ("model", "init", "data", "prompt", "correction")  # may name a file or a folder
 
 
 def configure(typed: dict) -> Config:
-    """The settings of a task, with those that were typed."""
+    """The settings of a run: a task's defaults, replaced by the flags that were typed."""
     task = typed.get("task", Config.task)
     settings = {**settings_of(task), **typed}
     for name in sorted(set(settings) - {item.name for item in fields(Config)}):
-        raise InputError(f"--task {task} sets {name!r} in training, which score.py has not")
+        raise InputError(
+            f"--task {task} sets {name!r} in training, which is no flag of score.py: take it out"
+        )
     if settings.get("lora") and "lr" not in typed:
         settings["lr"] = LORA_LR * settings.get("lr", Config.lr)
     return Config(**settings)
 
 
 def with_absolute_paths(settings: dict) -> dict:
-    """Settings that name the same files and folders, wherever they are read."""
+    """The settings with absolute paths, so that they hold in any working directory."""
     named = {name: settings.get(name, "") for name in PATHS}
     paths = [name for name in named if named[name] != "builtin" and os.path.exists(named[name])]
     paths += ["task"] * settings.get("task", "").endswith(".py")
@@ -131,12 +190,14 @@ def with_absolute_paths(settings: dict) -> dict:
 
 @dataclass(frozen=True)
 class Stage:
-    """All that tells one stage from another; score.py has a table of them.
+    """All that tells one stage from another; score.py has a table of all stages.
 
-    objective(y, cfg): to be maximised, for the attempts y of B episodes and the settings; (B,).
-    reference, sampler: "before" is the checkpoint of the stage before it, --init or the base model.
-    learns_from(episodes, k, seed): other episodes, made of those sampled; they have no baseline.
-    selected_by: which attempt's accuracy selects the checkpoint (an index); None: the last step's.
+    objective(y, cfg): what is maximised, for the attempts y of B episodes and the settings; (B,).
+    reference, sampler: "before" is the checkpoint that the stage goes on from: that of the stage
+    before it, in the first stage --init or the base model.
+    learns_from(episodes, k, seed): makes traces to learn from; traces have no baseline.
+    selected_by: index of the attempt whose accuracy selects the checkpoint; None: it is the policy
+    after the last step.
     """
 
     name: str  # in --stage
@@ -145,14 +206,14 @@ class Stage:
     objective: Callable
     steps: str  # the flag that says how many updates it makes
     attempts: int | None = None  # in an episode; None: --attempts
-    reference: str = "base"  # frozen, of the KL: "base" or "before"
-    sampler: str = "policy"  # who attempts: "policy" or "before"
+    reference: str = "base"  # the frozen model of the KL: "base" or "before"
+    sampler: str = "policy"  # the model that attempts: "policy" or "before"
     learns_from: Callable | None = None
     selected_by: int | None = -1
-    restarts: bool = False  # repeated, the policy begins anew; only the sampler goes on
+    restarts: bool = False  # if repeated, the policy starts where the first one did
     follows: str = ""  # the stage that must come before it
-    has_beta2: bool = False  # so that --adaptive-beta2 changes it
-    allows: tuple[str, ...] = ()  # which of --attempts above 2, --offline may be given
+    has_beta2: bool = False  # its objective has β2, which --adaptive-beta2 changes
+    allows: tuple[str, ...] = ()  # "attempts": more than 2 may be given; "offline": --offline may
 
 
 def plan_of(names: str, stages: dict[str, Stage]) -> list[Stage]:
@@ -160,7 +221,7 @@ def plan_of(names: str, stages: dict[str, Stage]) -> list[Stage]:
     plan: list[Stage] = []
     for name in map(str.strip, names.split(",")):
         if name not in stages:
-            raise InputError(f"--stage {names} is unknown: name some of {', '.join(stages)}")
+            raise InputError(f"--stage {names} is unknown: choose from {', '.join(stages)}")
         repeated = sum(stage.name == name for stage in plan)
         suffix = f"-{repeated + 1}" if repeated else ""
         plan.append(replace(stages[name], folder=stages[name].folder + suffix))
@@ -178,27 +239,33 @@ def check_settings(cfg: Config, plan: list[Stage]) -> None:
     positive = ("steps1", "steps2", "batch", "lr", "clip", "max_new_tokens", "temperature")
     for name in (*positive, "rows", "micro_tokens", "save_every", "show_every", "problems"):
         if not 0 < getattr(cfg, name) < math.inf:
-            raise InputError(f"{as_flag(name)} {getattr(cfg, name)} must be positive and finite")
+            raise InputError(
+                f"{as_flag(name)} {getattr(cfg, name)} is out of range: give a finite number, "
+                "above 0"
+            )
     if cfg.temperature < COLDEST:
         raise InputError(f"--temperature {cfg.temperature} is too low: give {COLDEST} or more")
     if abs(cfg.seed) >= 2**63:
         raise InputError(f"--seed {cfg.seed} is too large: give less than 2**63")
     for name in ("alpha", "beta1", "beta2"):
         if not 0 <= getattr(cfg, name) < math.inf:
-            raise InputError(f"{as_flag(name)} {getattr(cfg, name)} must be 0 or more, and finite")
+            raise InputError(
+                f"{as_flag(name)} {getattr(cfg, name)} is out of range: give a finite number, "
+                "0 or more"
+            )
     if cfg.k < 2:
         raise InputError(f"--k {cfg.k} leaves no sibling for the baseline: give 2 or more")
     if cfg.batch % cfg.k:
         raise InputError(f"--batch {cfg.batch} is not divisible by --k {cfg.k}: change one of them")
     if not 0 <= cfg.offline <= 1:
-        raise InputError(f"--offline {cfg.offline} is a share of the problems: give 0 to 1")
+        raise InputError(f"--offline {cfg.offline} is no share of the problems: give 0 to 1")
     check_precision(cfg.precision)
     for name in ("recompute", "compile", "tensorboard", "thinking"):
         if getattr(cfg, name) not in (0, 1):
-            raise InputError(f"--{name} {getattr(cfg, name)} must be 0 or 1")
+            raise InputError(f"--{name} {getattr(cfg, name)} is neither 0 nor 1: give one of them")
     for name in ("eval_every", "lora"):
         if getattr(cfg, name) < 0:
-            raise InputError(f"{as_flag(name)} {getattr(cfg, name)} must be 0 or more")
+            raise InputError(f"{as_flag(name)} {getattr(cfg, name)} is negative: give 0 or more")
     if cfg.model == "builtin" and cfg.task != "sums":
         raise InputError(f"--model builtin can only add: name a model for --task {cfg.task}")
 
@@ -207,18 +274,20 @@ def check_plan(cfg: Config, plan: list[Stage]) -> None:
     """Raise InputError for a setting that does not go with the stages."""
     least = max(stage.attempts or 2 for stage in plan)
     if cfg.attempts < least:
-        raise InputError(f"--attempts {cfg.attempts} is too few: --stage {cfg.stage} needs {least}")
+        raise InputError(
+            f"--attempts {cfg.attempts} is too few for --stage {cfg.stage}: give {least} or more"
+        )
     for name, given in (("attempts", cfg.attempts > 2), ("offline", cfg.offline > 0)):
         others = [stage.name for stage in plan if given and name not in stage.allows]
         if others:
             value = getattr(cfg, name)
             raise InputError(f"--{name} {value} is not for --stage {others[0]}: leave it out")
     if cfg.adaptive_beta2 and not (cfg.beta2 and any(stage.has_beta2 for stage in plan)):
-        raise InputError("--adaptive-beta2 is for Stage I with a --beta2 above 0: leave it out")
+        raise InputError("--adaptive-beta2 needs Stage I and a --beta2 above 0: leave it out")
 
 
 def check_precision(precision: str) -> None:
-    """Raise InputError for a precision that there is not."""
+    """Raise InputError for an unknown precision."""
     if precision not in ("float32", "bfloat16"):
         raise InputError(f"--precision {precision} is unknown: choose float32 or bfloat16")
 
@@ -244,12 +313,12 @@ def as_flag(name: str) -> str:
 
 
 def reject(message: str) -> None:
-    """argparse's errors as one sentence."""
+    """Raise argparse's errors as InputError, so that they are one sentence."""
     raise InputError(message)
 
 
 def help_parser(words: str, examples: str) -> argparse.ArgumentParser:
-    """A parser that describes itself by the first line of `words`, and ends with examples."""
+    """A parser whose --help begins with the first line of `words` and ends with `examples`."""
     parser = argparse.ArgumentParser(
         description=words.partition("\n")[0],
         epilog=examples,
@@ -288,10 +357,10 @@ def parsed(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict:
 
 
 def parse_eval_flags(words: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """All flags of eval.py; those that say how it is asked are by default those of the run."""
+    """All flags of eval.py; those that score.py has, too, are by default as in the model's run."""
     parser = help_parser(words, EVAL_EXAMPLES)
     asked = parser.add_argument_group(
-        "what is asked, and how; by default as in the checkpoint's run"
+        "what the model is asked; by default the same as in the checkpoint's run"
     )
     how = parser.add_argument_group("attempts")
     other = parser.add_argument_group("instead of two attempts at each problem")
@@ -308,25 +377,29 @@ def parse_eval_flags(words: str, argv: list[str] | None = None) -> argparse.Name
                 usual += "".join(f", {task}: {getattr(TASKS[task], item.name)}" for task in TASKS)
             group = how if item.name in ATTEMPT_FLAGS else asked
             group.add_argument(as_flag(item.name), help=f"{words} (default: {usual})", **kind)
-    words = "part of the problems: test, or mbpp for --task code (default: test)"
+    words = "which problems: test, or mbpp with --task code (default: test)"
     asked.add_argument("--split", default="test", help=words)
-    how.add_argument("--attempts", type=int, default=2, help="at each problem (default: 2)")
-    words = "temperature of sampling; 0, the default, is greedy"
+    how.add_argument("--attempts", type=int, default=2, help="attempts at a problem (default: 2)")
+    words = f"temperature of sampling (default: 0, greedy; with --samples {VOTES_TEMPERATURE})"
     how.add_argument("--temperature", type=float, help=words)
     words = "random seed of sampling, at a temperature above 0 (default: eval)"
     how.add_argument("--seed", default="eval", help=words)
-    other.add_argument("--ask", metavar="QUESTION", help="attempt this question, and print that")
+    other.add_argument("--ask", metavar="QUESTION", help="print attempts at this question")
     words = (
-        "correct given wrong first attempts: of a JSONL file, or (without FILE) of the base model"
+        "correct wrong first attempts that are given: by a JSONL file or, without FILE, by the "
+        "base model"
     )
     other.add_argument("--repair", nargs="?", const="", metavar="FILE", help=words)
-    words = f"votes of 2, 4 .. 2 SAMPLES, at temperature {VOTES_TEMPERATURE} unless that is given"
+    words = (
+        "compare two votes at budgets of 2, 4 .. 2 SAMPLES attempts at a problem: of first "
+        "attempts only, or of attempts 2 (half as many, since each needs an attempt 1)"
+    )
     other.add_argument("--samples", type=int, default=0, help=words)
     words = "Self-Refine: ask for feedback on attempt 1, and then for attempt 2"
     other.add_argument("--refine", action="store_true", help=words)
     words = "folder to write to (default: RUN/eval/STAGE for the checkpoint RUN/STAGE)"
     files.add_argument("--out", type=Path, help=words)
-    words = "one HTML page on a run or an evaluation, or on two of them side by side"
+    words = "write one HTML page on a run or an evaluation, or on two of them side by side"
     files.add_argument("--report", type=Path, nargs="+", metavar="FOLDER", help=words)
     words = "draw the pictures of a run or an evaluation"
     files.add_argument("--plot", type=Path, metavar="FOLDER", help=words)
@@ -346,9 +419,9 @@ def parse_eval_flags(words: str, argv: list[str] | None = None) -> argparse.Name
 
 
 def settings_of_run(model: str | None, task: str | None) -> dict:
-    """How it was asked in the run of a checkpoint; {} if there is none, or it had another task.
+    """The settings of a checkpoint's run that eval.py shares; {} if it has no run, or another task.
 
-    Needs no torch, as --help does.
+    No torch is needed, so a mistyped flag is answered at once.
     """
     record = Path(model or "").absolute().parent / "config.json"
     try:

@@ -1,15 +1,15 @@
 """The model's own arithmetic in fewer operations, with the same weights under the same names.
 
-A step of decoding is short work on a GPU: starting its operations takes longer than they do. `fuse`
-replaces modules of the families below, right after a model is loaded; nothing of transformers is
-changed, and checkpoints are as before. Per layer of Gemma 2:
+In decoding, a GPU needs more time to start an operation than to compute it. So `fuse` replaces
+modules of the model families below, right after a model is loaded. transformers itself is not
+changed, and checkpoints stay the same. Per layer of Gemma 2:
 
-    norm            8 operations, now 2: torch has one for RMSNorm
+    norm            8 operations, now 2 (torch has one for RMSNorm)
     q, k, v         3 products, now 1; gate and up 2, now 1   (sampling only)
     rotation        10, now 3 for q and k together            (sampling only; 6 when scored)
 
-Products are joined where their weights lie one behind the other in memory: `join` lays them so.
-Next to read: ranks.py.
+Several products become one where their weights lie one behind the other in memory. `join` puts them
+there. Next to read: ranks.py.
 """
 
 import sys
@@ -26,7 +26,7 @@ FAMILIES = ("Gemma2", "Gemma3", "Llama", "Mistral", "Qwen2", "Qwen3")
 
 
 def fuse(model):
-    """The model, with its modules replaced. Shapes, weights and results stay, up to rounding."""
+    """Replace modules of a model. Shapes and weights stay, and results stay up to rounding."""
     parts = {"RMSNorm": Norm, "RotaryEmbedding": Rotary, "Attention": Attention, "MLP": GatedMlp}
     fresh = {f"{family}{part}": kind for family in FAMILIES for part, kind in parts.items()}
     fresh["Phi3RMSNorm"] = Norm
@@ -39,13 +39,13 @@ def fuse(model):
     return model
 
 
-# Shapes: n rows, S new tokens, L columns in use, d hidden size, D size of a head, H heads, of which
-# several share one of G heads of keys and values.
+# Shapes: n rows, S new tokens, L columns (positions) in use, d hidden size, D size of a head,
+# H heads of queries, G heads of keys and values; H / G heads of queries share one of these.
 # --- 1. Modules ----------------------------------------------------------------------------------
 
 
 class Norm(nn.Module):
-    """RMSNorm over the last dimension; Gemma's weights count from 1."""
+    """RMSNorm over the last dimension; Gemma stores its weights less 1."""
 
     def __init__(self, old: nn.Module):
         super().__init__()
@@ -85,7 +85,7 @@ class Attention(nn.Module):
     def forward(
         self, hidden_states, position_embeddings, attention_mask, past_key_values=None, **kwargs
     ):
-        """(n, S, d) -> (n, S, d), and the weights if the implementation returns them."""
+        """(n, S, d) -> (n, S, d), and the attention weights if the implementation returns them."""
         angles = [x[:, :, None] for x in position_embeddings]  # (n, S, 1, D)
         joined, write = usable(self.joined), getattr(past_key_values, "write", None)
         if joined is None or write is None:
@@ -119,7 +119,10 @@ class Attention(nn.Module):
         return [*turned, value]
 
     def in_place(self, heads, cos, sin) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same within (n, S, H + 2G, D): queries (n, H, S, D), keys, values (n, S, 2, G, D)."""
+        """What `heads` does, in place, for all heads in one tensor (n, S, H + 2G, D).
+
+        Returns queries (n, H, S, D), and keys and values in one tensor (n, S, 2, G, D).
+        """
         groups = self.k_proj.out_features // self.head_dim
         sizes = [heads.shape[2] - 2 * groups, groups, groups]
         if hasattr(self, "q_norm"):
@@ -134,7 +137,7 @@ class Attention(nn.Module):
 
 
 def half_turned(x: torch.Tensor) -> torch.Tensor:
-    """The halves of each head exchanged; Rotary has the sign of the one that turns negative."""
+    """The two halves of each head, exchanged; the minus sign of a rotation is in Rotary's sine."""
     return torch.cat(x.chunk(2, dim=-1)[::-1], dim=-1)
 
 
@@ -158,16 +161,16 @@ class GatedMlp(nn.Module):
 def grouped_attention(
     module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs
 ):
-    """Softcapped attention of queries (n, H, S, D), one product for all that share a key.
+    """Attention of queries (n, H, S, D), softcapped or not; one product for all that share a key.
 
     attention_mask (n, 1, S, L) is added to the scores: 0, or -inf where a query must not look.
-    Returns (n, S, H, D). Those of transformers would copy the keys for each head that shares them.
+    Returns (n, S, H, D). transformers' own attention would copy the keys for each head of queries.
     """
     (n, heads, size, width), (groups, columns) = query.shape, key.shape[1:3]
     scale = (width**-0.5 if scaling is None else scaling) / (softcap or 1)
     query = query.reshape(n * groups, -1, width)  # (n * G, H / G * S, D)
     key, value = key.flatten(0, 1), value.flatten(0, 1)  # (n * G, L, D)
-    ignored = query.detach()[:1, :1, :1]  # with beta=0
+    ignored = query.detach()[:1, :1, :1]  # since beta=0
     scores = torch.baddbmm(ignored, query, key.transpose(1, 2), beta=0, alpha=scale)
     if softcap:
         scores.tanh_()
@@ -185,7 +188,7 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(GROUPED, eager_mask)
 
 @dataclass(frozen=True)
 class Joined:
-    """Linear layers of one input as one: their weights (and biases) seen as one tensor."""
+    """Linear layers with the same input as one layer: a view of their weights (and biases)."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -196,15 +199,15 @@ class Joined:
         return F.linear(x, self.weight, self.bias)
 
     def __deepcopy__(self, _memo: dict) -> None:
-        """A copied layer has none, or the weights would be copied once more; `join` makes it."""
+        """None for a copied layer: a copy would hold its weights twice. `join` makes a new one."""
 
 
-@torch.inference_mode(False)  # what is moved goes on learning
+@torch.inference_mode(False)  # weights moved in inference mode could not be trained
 def join(model) -> None:
-    """Let layers with the same input be sampled from by one product, if they are plain.
+    """Make one product of plain layers with the same input, for sampling.
 
-    Their weights get to lie one behind the other in memory. To be called before each rollout, since
-    a model may have moved, been copied, or got adapters.
+    This moves their weights one behind the other in memory. It is called before each rollout, since
+    the model may have been moved or copied, or may have got adapters.
     """
     for module in model.modules():
         if isinstance(module, Attention):
@@ -214,7 +217,7 @@ def join(model) -> None:
 
 
 def as_one(*linears: nn.Module) -> Joined | None:
-    """The layers as one, or None if they are no plain ones, such as adapters."""
+    """The layers as one, or None if one of them is not a plain nn.Linear, as with adapters."""
     if not all(type(linear) is nn.Linear for linear in linears):
         return None
     weights, biases = zip(*((linear.weight, linear.bias) for linear in linears), strict=True)
@@ -224,7 +227,7 @@ def as_one(*linears: nn.Module) -> Joined | None:
 
 
 def side_by_side(tensors: tuple[nn.Parameter, ...]) -> torch.Tensor:
-    """A view of tensors as one, (sum of rows, ...); they move together unless they lie so."""
+    """A view of tensors as one, (sum of rows, ...); if they lie apart, they are moved together."""
     first, rows = tensors[0].data, [len(tensor) for tensor in tensors]
     ends = [tensor.data_ptr() + tensor.nbytes for tensor in tensors]
     same = len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
@@ -237,7 +240,10 @@ def side_by_side(tensors: tuple[nn.Parameter, ...]) -> torch.Tensor:
 
 
 def usable(joined: Joined | None) -> Joined | None:
-    """While sampling, if the weights have not moved since `join`; training needs each its own."""
+    """`joined` in sampling, if the weights have not moved since `join`; else None.
+
+    Training needs the weights one by one, since each has a gradient of its own.
+    """
     if torch.compiler.is_compiling() or joined is None or not torch.is_inference_mode_enabled():
         return None
     return joined if joined.weight.data_ptr() == joined.first.data_ptr() else None

@@ -1,8 +1,8 @@
 """What learns: policy, reference and optimizer; how they are built, and what each stage changes.
 
-Where a stage starts, what its reference is and who samples stands in the table of score.py. The
-policy goes on from the checkpoint of the stage before, the first from the base model or --init.
-Next to read: eval.py.
+The table of stages in score.py says what the reference of a stage is, and which model samples. The
+policy of the first stage starts from the base model or --init. That of a later stage goes on from
+the checkpoint of the stage before. Next to read: eval.py.
 """
 
 import copy
@@ -27,27 +27,27 @@ from tasks import Chat, load_problems, read_chat, wording_of
 
 @dataclass
 class Learner:
-    """All that training works with: models, Adam, what is asked, settings and stages."""
+    """All that training works with: models, Adam, prompts, problems, settings and stages."""
 
     policy: torch.nn.Module
     ref: torch.nn.Module  # frozen
-    full_copy: torch.nn.Module | None  # samples for both, if they are sharded
+    full_copy: torch.nn.Module | None  # a whole model that samples for both, if they are sharded
     optimizer: torch.optim.Optimizer
     chat: Chat
     problems: list[Problem]
     cfg: Config
     plan: list[Stage] = field(default_factory=list)
-    sampler: torch.nn.Module | None = None  # who attempts, if not the policy
-    base: torch.nn.Module | None = None  # with --lora: whose weights all of them share
+    sampler: torch.nn.Module | None = None  # the model that attempts, if not the policy
+    base: torch.nn.Module | None = None  # with --lora, all models share its weights
 
 
 def open_training(typed: dict, stages: dict[str, Stage]) -> tuple[Learner, Run, Progress]:
-    """The run that the flags ask for: a new one, or with --resume an interrupted one."""
+    """The run that the flags ask for: a new one, or with --resume an earlier one."""
     return (resume_training if "resume" in typed else start_training)(typed, stages)
 
 
 def start_training(typed: dict, stages: dict[str, Stage]) -> tuple[Learner, Run, Progress]:
-    """A new run, or Stage II after a finished Stage I with its settings; nothing is overwritten."""
+    """A new run, or Stage II in the folder and with the settings of a finished Stage I."""
     cfg, plan, run, init, same_base = ranks.on_all_ranks(runs.prepare_run, typed, stages)
     learner, base = build(cfg, plan, init, same_base)
     ranks.on_all_ranks(check_space, learner, 0, 2)
@@ -64,15 +64,18 @@ def start_training(typed: dict, stages: dict[str, Stage]) -> tuple[Learner, Run,
 
 
 def resume_training(typed: dict, stages: dict[str, Stage]) -> tuple[Learner, Run, Progress]:
-    """The run in --out as it was last saved, maybe with more steps to make.
+    """The run in --out as it was last saved; the flags may give it more steps.
 
-    A finished one gets a Progress that is past its last stage.
+    If all steps are done, its Progress is past the last stage.
     """
     cfg, plan, run, where, base = ranks.on_all_ranks(runs.reopen_run, typed, stages)
     progress = Progress(**where["progress"])
     learner, found = build(cfg, plan, "", same_base=True)
     if found != base:
-        ranks.abort(f"--model {cfg.model} has other weights than the base of the run in {cfg.out}")
+        ranks.abort(
+            f"--model {cfg.model} has other weights than the base of the run in {cfg.out}: "
+            "restore them, or begin a new run"
+        )
     ranks.on_all_ranks(check_space, learner, progress.index, 1)
     if runs.is_finished(cfg, plan, run, progress):
         progress.index += 1
@@ -91,7 +94,7 @@ def as_asked(learner: Learner) -> str:
 
 
 def check_space(learner: Learner, index: int, states: int) -> None:
-    """Raise InputError without room for stages from `index` on and so many more saved states."""
+    """Raise InputError if the disk has no room for the stages from `index` on and these states."""
     weights = sum(weight.numel() for weight in models.trained(learner.policy).values())
     precision = "float32" if learner.cfg.lora else learner.cfg.precision
     size, left = getattr(torch, precision).itemsize, len(learner.plan) - index
@@ -105,10 +108,10 @@ def save_training(learner: Learner, run: Run, progress: Progress) -> None:
 
 
 def build(cfg: Config, plan: list[Stage], init: str, same_base: bool) -> tuple[Learner, str]:
-    """The frozen base model as reference, and the policy: the checkpoint `init`, or a copy of it.
+    """The Learner of a run, and the fingerprint of its base model.
 
-    same_base: may the built-in base model in the run folder be used, if there is one? Returns the
-    base model's fingerprint, too.
+    The frozen base model is the reference. The policy is the checkpoint `init`, or else a copy of
+    the base model. same_base: if the run folder holds a built-in base model, it is this run's.
     """
     if cfg.lora:
         ranks.on_all_ranks(lora.import_peft)
@@ -131,7 +134,7 @@ def build(cfg: Config, plan: list[Stage], init: str, same_base: bool) -> tuple[L
 
 
 def fit_base(cfg: Config, same_base: bool) -> None:
-    """Fit the built-in base model, unless the run folder has the same_base already."""
+    """Fit the built-in base model; with same_base, use that of the run folder if there is one."""
     folder = Path(cfg.out) / "base"
     wanted = cfg.model == "builtin" and not (same_base and folder.exists())
     if wanted and ranks.rank() == 0:
@@ -141,7 +144,7 @@ def fit_base(cfg: Config, same_base: bool) -> None:
 def add_reference(policy, cfg: Config, init: str):
     """Policy (a copy of the base model if it is None), reference and tokenizer, on the CPU.
 
-    With --lora, both are on the device, and share the weights of the base model.
+    With --lora, both models are on the device, and share the weights of the base model.
     """
     base = runs.base_in(Path(cfg.out), cfg.model)
     ref, tokenizer = models.load_checkpoint(base, cfg.precision)
@@ -154,21 +157,24 @@ def add_reference(policy, cfg: Config, init: str):
         policy = (policy or copy.deepcopy(ref)).requires_grad_(True)
         shapes = [[weight.shape for weight in model.parameters()] for model in (policy, ref)]
         if shapes[0] != shapes[1]:
-            raise InputError(f"--init {init} has another architecture than the base {cfg.model}")
+            raise InputError(
+                f"--init {init} has another architecture than the base model {cfg.model}: name a "
+                "checkpoint that was trained from it"
+            )
     if cfg.recompute:
         models.recompute_activations(policy)
     return policy, ref, tokenizer
 
 
 def questions(cfg: Config, model, tokenizer) -> tuple[Chat, list[Problem], int]:
-    """The Chat of a model, and `askable` problems to train on."""
+    """The Chat of a model, `askable` problems to train on, and the most tokens of an episode."""
     chat = read_chat(tokenizer, model, cfg.task, wording_of(cfg))
     problems = load_problems(cfg.task, "train", None, cfg.data, cfg.ids, cfg.columns)
     return chat, *askable(problems, model, chat, Sampling(cfg.attempts, cfg.max_new_tokens))
 
 
 def enter_stage(learner: Learner, folder: Path, index: int, step: int) -> None:
-    """Set up what a stage changes, at its start and again on resuming at a later `step`."""
+    """Set up what a stage changes: at its start, and again when a run is resumed within it."""
     plan, stage = learner.plan, learner.plan[index]
     before = checkpoint_before(learner, folder, index)
     learner.sampler = None
@@ -187,14 +193,14 @@ def enter_stage(learner: Learner, folder: Path, index: int, step: int) -> None:
 
 
 def checkpoint_before(learner: Learner, folder: Path, index: int) -> str:
-    """What the stage of that index goes on from."""
+    """The checkpoint that the stage of that index goes on from."""
     if index:
         return str(folder / learner.plan[index - 1].folder)
     return learner.cfg.init or runs.base_in(folder, learner.cfg.model)
 
 
 def set_reference(learner: Learner, checkpoint: str) -> None:
-    """Let the KL be to a checkpoint."""
+    """Make a checkpoint the reference of the KL."""
     model = read_model(learner, checkpoint)
     if learner.cfg.lora:
         learner.ref = model.requires_grad_(False)
@@ -203,7 +209,7 @@ def set_reference(learner: Learner, checkpoint: str) -> None:
 
 
 def read_model(learner: Learner, checkpoint: str):
-    """The model of a checkpoint of this run; with --lora, over the weights of its base."""
+    """The model of a checkpoint of this run; with --lora, it shares the weights of the base."""
     cfg = learner.cfg
     if cfg.lora:
         settings = learner.base, cfg.lora, cfg.seed, checkpoint
@@ -215,7 +221,7 @@ def leave_stage(learner: Learner, checkpoint: Path) -> tuple[list[Episode], dict
     """Go back to the stage's best checkpoint, with a new Adam; returns `held_out` of it."""
     learner.sampler = None
     ranks.copy_weights(learner.policy, read_model(learner, str(checkpoint)))
-    learner.optimizer.state.clear()  # the new one needs its memory
+    learner.optimizer.state.clear()  # the new Adam needs its memory
     learner.optimizer = models.adam(learner.policy, learner.cfg.lr)
     return held_out(learner, learner.policy, temperature=0.0)
 
@@ -229,6 +235,6 @@ def held_out(learner: Learner, model, temperature: float):
 
 
 def write_held_out(run: Run, model: str, episodes: list[Episode]) -> None:
-    """Add what a model of the run made of the held-out problems to its episodes."""
+    """Add a model's episodes on held-out problems to episodes.jsonl of the run."""
     lines = (as_record(episode, source=f"{model}, held out") for episode in episodes)
     run.append(runs.EPISODES, "".join(json.dumps(line) + "\n" for line in lines))

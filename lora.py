@@ -1,18 +1,18 @@
-"""LoRA: a frozen base model, and few trained numbers beside it (Hu et al. 2021), by peft.
+"""LoRA: small trained adapters beside a frozen base model (Hu et al. 2021), by the library peft.
 
     W x   becomes   W x + 32/R · B (A x)      W frozen, A (R, in) random, B (out, R) 0 at first
 
     python score.py --lora 16                                adapters of rank 16: R above
-    python lora.py --merge runs/sums/stage2 --out runs/sums/merged     for programs that know none
+    python lora.py --merge runs/sums/stage2 --out runs/sums/merged     a model without adapters
 
-Policy and reference are two models over the same frozen weights, so there is one copy of them; the
-policy has the adapters. They are float32, whatever the base is: Adam needs no masters. At step 0
-all B are 0 and the KL is exactly 0. On many GPUs each has all weights, and ranks.py averages the
-gradients of the adapters. stage1/ and stage2/ hold adapters alone, in peft's format.
+Policy and reference share one copy of the frozen weights, and the policy also has the adapters.
+These are float32 in every run, so Adam needs no masters. In new adapters B is 0, so at step 0 the
+KL is exactly 0. On many GPUs, each GPU has all weights, and ranks.py averages the gradients of the
+adapters. stage1/ and stage2/ hold only the adapters, in peft's format.
 
-NOT IN PAPER, which trains all weights. All linear layers but the head, 32 for every rank and ten
-times the learning rate are those of "LoRA Without Regret" (Schulman et al. 2025). Next to read:
-ranks.py.
+NOT IN PAPER: LoRA, since the paper trains all weights. From "LoRA Without Regret" (Schulman et al.
+2025) are adapters on all linear layers but the head, 32 for every rank, and ten times the learning
+rate. Next to read: ranks.py.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def import_peft():
     try:
         import peft
     except ImportError as error:
-        raise InputError("LoRA needs peft: pip install -r requirements-lora.txt") from error
+        raise InputError("LoRA needs peft: run pip install -r requirements-lora.txt") from error
     return peft
 
 
@@ -59,13 +59,15 @@ def settings_of(checkpoint: str):
         return peft.PeftConfig.from_pretrained(checkpoint)
     except Exception as error:  # whatever a damaged file raises
         reason = first_line(error)
-        raise InputError(f"{checkpoint}/{models.ADAPTERS} cannot be read: {reason}") from error
+        raise InputError(
+            f"{checkpoint}/{models.ADAPTERS} cannot be read ({reason}): restore it"
+        ) from error
 
 
 def with_adapters(base, rank: int, seed: int, checkpoint: str = ""):
-    """A model over the weights of `base`, with the adapters of a checkpoint, or else new ones.
+    """A model that shares the weights of `base`, with a checkpoint's adapters, or else new ones.
 
-    Only the adapters may be trained. The new ones of a seed are the same on every machine.
+    Only the adapters can be trained. New ones depend on the seed alone, not on the machine.
     """
     peft = import_peft()
     model = copy.deepcopy(base, memo={id(weight): weight for weight in base.parameters()})
@@ -77,7 +79,7 @@ def with_adapters(base, rank: int, seed: int, checkpoint: str = ""):
         )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
-        warnings.simplefilter("ignore")  # peft and transformers about each other
+        warnings.simplefilter("ignore")  # peft and transformers warn about each other
         model.add_adapter(settings)
     for name, weight in model.named_parameters():
         if ".lora_" in name:
@@ -90,21 +92,25 @@ def with_adapters(base, rank: int, seed: int, checkpoint: str = ""):
 
 
 def read_weights(model, checkpoint: str) -> None:
-    """Read a checkpoint's adapters into a model that has such; InputError if they do not fit."""
+    """Read a checkpoint's adapters into those of a model; InputError if they do not fit."""
     peft = import_peft()
     try:
         saved = peft.load_peft_weights(checkpoint, device="cpu")
         saved = {name.removeprefix(PREFIX): weight for name, weight in saved.items()}
         found = peft.set_peft_model_state_dict(model, saved)
     except Exception as error:  # whatever a damaged file raises
-        raise InputError(f"{checkpoint} cannot be loaded: {first_line(error)}") from error
+        raise InputError(
+            f"{checkpoint} cannot be loaded ({first_line(error)}): restore its adapters"
+        ) from error
     missing = [name for name in found.missing_keys if ".lora_" in name]
     if missing or found.unexpected_keys:
-        raise InputError(f"{checkpoint} has adapters for another model than {model.name_or_path}")
+        raise InputError(
+            f"{checkpoint} has adapters for another model than {model.name_or_path}: name others"
+        )
 
 
 def base_of(checkpoint: str) -> str:
-    """The base model of a checkpoint: its run's, or what its adapters name; else itself."""
+    """The base model of a checkpoint: its run's, or the one that its adapters name; else itself."""
     run = Path(checkpoint).resolve().parent
     name = read_json(run / "config.json").get("settings", {}).get("model")
     if name:
@@ -119,19 +125,22 @@ def whole_of(checkpoint: str) -> str:
 
 
 def check_init(init: str, rank: int, base) -> None:
-    """Raise InputError if training cannot go on from `init`: the base, or adapters of this rank."""
+    """Raise InputError unless `init` is the base model, or adapters of this rank for it."""
     precision, whole = str(base.dtype).removeprefix("torch."), whole_of(init)
     same = Path(whole).resolve() == Path(base.name_or_path).resolve()
     of_init = base if same else models.load_model(whole, precision)
     if models.fingerprint(of_init) != models.fingerprint(base):
         raise InputError(
             f"--init {init} is neither the base model {base.name_or_path} nor adapters of it: "
-            "leave out --lora, or make it the base with --model"
+            "leave out --lora, or name it with --model as the base model"
         )
     if has_adapters(init):
         found = settings_of(init).r
         if found != rank:
-            raise InputError(f"--lora {rank}: --init {init} has rank {found}: give --lora {found}")
+            raise InputError(
+                f"--lora {rank} differs from --init {init}, which has rank {found}: "
+                f"give --lora {found}"
+            )
 
 
 # --- 2. Finished checkpoints -------------------------------------------------------------------
@@ -145,7 +154,7 @@ def load_checkpoint(name: str, precision: str = "float32"):
 
 
 def load_tokenizer(checkpoint: str, model):
-    """The tokenizer of a checkpoint; that of its base if it has none of its own."""
+    """The tokenizer of a checkpoint, or that of its base if it has none of its own."""
     own = (Path(checkpoint) / "tokenizer_config.json").exists()
     return models.load_tokenizer(checkpoint if own else whole_of(checkpoint), model)
 
@@ -153,13 +162,15 @@ def load_tokenizer(checkpoint: str, model):
 def merge(checkpoint: str, out: Path) -> None:
     """Write W + 32/R B A as W: computed in float32, saved in the precision of the base."""
     if not has_adapters(checkpoint):
-        raise InputError(f"--merge {checkpoint} has no {models.ADAPTERS}: it holds no adapters")
+        raise InputError(
+            f"--merge {checkpoint} holds no adapters (no {models.ADAPTERS}): name one that does"
+        )
     if any(out.glob("*")):
         raise InputError(f"--out {out} holds something already: name a new folder")
     base = models.load_model(base_of(checkpoint))
     for layer in with_adapters(base, 0, 0, checkpoint).modules():
         if isinstance(layer, import_peft().tuners.tuners_utils.BaseTunerLayer):
-            layer.merge()  # into the weight that the base has, too
+            layer.merge()  # into the weight, which the base shares
     precision = AutoConfig.from_pretrained(base_of(checkpoint)).get_text_config().dtype
     tokenizer = load_tokenizer(checkpoint, base)
     models.save_checkpoint(out, base.to(precision or torch.float32), tokenizer)
@@ -169,8 +180,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done, 2 bad input."""
     words, _, _ = __doc__.partition("\n")
     parser = argparse.ArgumentParser(description=words, allow_abbrev=False)
-    parser.add_argument("--merge", required=True, help="folder of a checkpoint with adapters")
-    parser.add_argument("--out", required=True, type=Path, help="folder for the whole model")
+    parser.add_argument("--merge", required=True, help="checkpoint folder with adapters")
+    parser.add_argument("--out", required=True, type=Path, help="new folder for the whole model")
     parser.error = reject
     try:
         args = parser.parse_args(argv)

@@ -1,9 +1,9 @@
-"""What computes: checkpoints, and the body and the head of a causal LM.
+"""The models: how checkpoints are read and written, and the body and the head of a causal LM.
 
-A bfloat16 policy is kept twice: float32 masters, which Adam steps and which are rounded where they
-compute (ranks.py), and the rounded weights, which sample and are what a checkpoint holds. So the
-policy that is scored is the one that was sampled, and while it equals the reference their KL is
-exactly 0. Next to read: fused.py.
+A bfloat16 policy is kept twice. Adam updates float32 masters, which are rounded to bfloat16 when
+they compute (ranks.py). The rounded weights sample, and a checkpoint holds them. So the policy that
+is scored is the one that was sampled, and while it equals the reference, their KL is exactly 0.
+Next to read: fused.py.
 """
 
 import copy
@@ -27,14 +27,14 @@ from fused import fuse
 
 
 def quiet_transformers() -> None:
-    """No bars and warnings between ours; what goes wrong is an exception all the same."""
+    """Silence the progress bars and warnings of transformers; errors are still raised."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it counts its retries
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it would report each retry
 
 
-ADAPTERS = "adapter_config.json"  # peft's name of it, in a folder of lora.py
-TEXT_PART = {  # names of weights in a model that sees pictures, too, and in one that does not
+ADAPTERS = "adapter_config.json"  # peft's name for the settings of adapters (lora.py)
+TEXT_PART = {  # names of weights in a model that also sees pictures, and in a text model
     r"^language_model\.lm_head\.": "lm_head.",
     r"^language_model\.model\.": "model.",
     r"^model\.language_model\.": "model.",
@@ -48,18 +48,19 @@ def load_checkpoint(name: str, precision: str = "float32"):
 
 
 def load_tokenizer(name: str, model):
-    """The tokenizer of a checkpoint folder or a hub name, which has to be the model's."""
+    """The tokenizer of a checkpoint folder or a hub name; InputError if it does not fit a model."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # whatever a damaged file raises
         raise InputError(
-            f"the tokenizer of {name} cannot be loaded: {first_line(error)}"
+            f"the tokenizer of {name} cannot be loaded ({first_line(error)}): mend that, or name "
+            "another checkpoint"
         ) from error
     known, rows = len(tokenizer), model.get_input_embeddings().weight.shape[0]
     if known < rows / 2:  # transformers makes one up if its files are missing
         raise InputError(
-            f"{name} has a tokenizer of {known} tokens for {rows} embeddings: copy the tokenizer's "
-            "files (tokenizer.json, tokenizer_config.json ..) of the model into it"
+            f"{name} has a tokenizer of {known} tokens for {rows} embeddings: copy the files of "
+            "the model's tokenizer (tokenizer.json, tokenizer_config.json ..) into it"
         )
     return tokenizer
 
@@ -68,8 +69,8 @@ def load_model(name: str, precision: str = "float32"):
     """The model of a checkpoint folder or a hub name, in eval mode.
 
     precision: "float32" or "bfloat16", whatever the checkpoint was saved in. Models with an
-    attention softcap (Gemma 2) are loaded with eager attention: sdpa may drop it. Of a model that
-    sees pictures, too (Gemma 3 4B), the text part is loaded.
+    attention softcap (Gemma 2) are loaded with eager attention: sdpa may drop the softcap. Of a
+    model that also sees pictures (Gemma 3 4B), the text part is loaded.
     """
     quiet_transformers()
     check_name(name)
@@ -88,14 +89,16 @@ def load_model(name: str, precision: str = "float32"):
         )
     except Exception as error:  # whatever a damaged folder or an absent network raises
         reason = first_line(error)
-        raise InputError(f"{name} is no checkpoint that can be loaded: {reason}") from error
+        raise InputError(
+            f"{name} cannot be loaded ({reason}): mend that, or name another checkpoint"
+        ) from error
     if loading["missing_keys"] or loading["mismatched_keys"]:
-        raise InputError(f"{name} is no whole checkpoint: weights are missing")
+        raise InputError(f"{name} is incomplete, weights are missing: name another checkpoint")
     return fuse(model if config is whole else plain_copy(model, attention)).eval()
 
 
 def plain_copy(model, attention: str | None):
-    """A model that saves its weights by its own names, not by those it was loaded from."""
+    """A copy that saves its weights by its own names, not by those that it was loaded from."""
     config, dtype = model.config, model.dtype
     fresh = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     fresh.load_state_dict(model.state_dict())
@@ -104,7 +107,7 @@ def plain_copy(model, attention: str | None):
 
 
 def check_name(name: str) -> None:
-    """Raise InputError for what is no checkpoint folder; say when the hub is going to be asked."""
+    """Raise InputError for a folder that is no checkpoint; print it if the hub will be asked."""
     folder = Path(name)
     if not folder.exists():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -115,31 +118,31 @@ def check_name(name: str) -> None:
         if (folder / ADAPTERS).exists():
             raise InputError(
                 f"{name} holds LoRA adapters, not a whole model: go on with them by --lora and "
-                f"--init, or write a whole one by python lora.py --merge {name} --out FOLDER"
+                f"--init, or make a whole model by python lora.py --merge {name} --out FOLDER"
             )
         inside = sorted(str(path.parent) for path in folder.glob("*/config.json"))
-        what = "the folder has no config.json" if folder.is_dir() else "it is a file"
-        hint = f"name one of its own, such as {', '.join(inside[-3:])}" if inside else what
+        what = "it has no config.json" if folder.is_dir() else "it is a file, not a folder"
+        hint = f"name a folder in it, such as {', '.join(inside[-3:])}" if inside else what
         raise InputError(f"{name} is no checkpoint: {hint}")
 
 
 def fingerprint(model) -> str:
-    """Tells checkpoints apart, by the first numbers of each weight; the same on every machine."""
+    """A hash of the first numbers of each weight, to tell checkpoints apart on any machine."""
     parts = [weight.detach().flatten()[:256].float().cpu() for weight in model.parameters()]
     return hashlib.blake2b(torch.cat(parts).numpy().tobytes(), digest_size=8).hexdigest()
 
 
 def without_dropout(config) -> None:
-    """Dropout would make the scored policy another than the sampled one."""
+    """Set dropout to 0: with it, the scored policy would not be the sampled one."""
     for key, value in vars(config).items():
         if "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)
 
 
 def save_checkpoint(folder: Path, model, tokenizer) -> None:
-    """A plain save_pretrained folder; the one before is moved away when the new one is whole.
+    """Write a plain save_pretrained folder; it replaces the one before when it is complete.
 
-    What else lies in the folder is kept.
+    Other files in the folder are kept.
     """
     quiet_transformers()
     part = folder.with_name(folder.name + ".part")
@@ -157,7 +160,7 @@ def save_checkpoint(folder: Path, model, tokenizer) -> None:
 
 
 def replace_folder(folder: Path, part: Path) -> None:
-    """Replace a folder by a new one that is whole; .old is what a kill in between leaves."""
+    """Replace a folder by `part`, which is complete; a kill in between leaves it as .old."""
     old = folder.with_name(folder.name + ".old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -169,8 +172,8 @@ def replace_folder(folder: Path, part: Path) -> None:
 def distribute(policy, ref, precision: str):
     """Put both on their devices, sharded if need be; returns the full copy that samples for them.
 
-    A float32 policy of a single process needs none: it samples itself. Others have float32 masters,
-    since a step of 5e-6 is too small for bfloat16, which has 8 bits: it would be rounded away.
+    A float32 policy of a single process needs no full copy, since it can sample itself. Others get
+    float32 masters: bfloat16 has 8 bits, so a step of 5e-6 would be rounded away.
     """
     if ranks.world() == 1 and precision == "float32":
         policy.to(ranks.device())
@@ -183,20 +186,20 @@ def distribute(policy, ref, precision: str):
 
 
 def recompute_activations(policy) -> None:
-    """In training mode, hold each layer's input only, and run the layer again in backward."""
+    """In training mode, keep only the input of each layer, and run the layer again in backward."""
     name = "activation_checkpointing_enable"  # since transformers 5.23
     enable = getattr(policy, name, None) or policy.gradient_checkpointing_enable
     try:
         enable({"use_reentrant": False})
     except ValueError as error:
-        raise InputError(f"--recompute 1 is not known to {policy.name_or_path}: give 0") from error
+        raise InputError(f"--recompute 1 is not for {policy.name_or_path}: give 0") from error
 
 
 def compile_body(model, backend: str = "inductor") -> None:
-    """Let torch.compile the body, of a sharded model layer by layer; lengths may vary.
+    """Compile the body by torch.compile, for any length; of a sharded model, layer by layer.
 
-    The KL compares what is scored with a gradient and without. Of equal models it may then differ
-    from 0 by rounding.
+    The policy is scored with gradients, the reference without. Compiled, the two may round in
+    different ways, so the KL of equal models may differ from 0 by rounding.
     """
     if not any(map(shutil.which, ("g++", "clang++", "c++"))):
         raise InputError("--compile 1 needs a C++ compiler such as g++: install one, or give 0")
@@ -207,12 +210,13 @@ def compile_body(model, backend: str = "inductor") -> None:
 
 
 # --- 2. Body and head ------------------------------------------------------------------------
-# Apart, because the head makes V = 256,000 numbers of every position, and few positions need them.
+# They are apart, since the head computes V = 256,000 logits for a position, and few positions need
+# them.
 # Shapes: B rows, S columns, N chosen positions, d hidden size, V vocabulary.
 
 
 def last_hidden(model, tokens: torch.Tensor) -> torch.Tensor:
-    """What the head reads, (B, S) -> (B, S, d). Rows are padded on the right: no mask is needed."""
+    """The head's input, (B, S) -> (B, S, d). Rows are padded on the right, so no mask is needed."""
     gathered = getattr(model, "gathered", None)  # of a sharded model
     return gathered(tokens) if gathered else run_body(model, tokens)
 
@@ -234,12 +238,12 @@ def head(model, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def trained(policy) -> dict[str, torch.nn.Parameter]:
-    """The weights that learn, by name: all, or those of adapters (lora.py)."""
+    """The weights that learn, by name: all, or only those of adapters (lora.py)."""
     return {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
 
 
 def adam(policy, lr: float) -> torch.optim.Adam:
-    """Adam whose state is there from the start, so that a saved one can be read into it."""
+    """Adam whose state exists from the start, so that a saved state can be read into it."""
     on_gpu = next(policy.parameters()).is_cuda
     weights = trained(policy).values()
     optimizer = torch.optim.Adam(weights, lr=lr, fused=on_gpu)

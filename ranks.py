@@ -1,19 +1,20 @@
-"""Many GPUs: all that knows of other processes. torchrun starts one, a rank, for each GPU.
+"""Many GPUs: all code that knows of other processes. torchrun starts one, a rank, for each GPU.
 
     torchrun --nproc_per_node=8 score.py ...     the same flags, the same result, up to rounding
 
-Each rank attempts its share of the problems, and then all gather all episodes, so that baselines,
-metrics and decisions are computed alike everywhere. Transcripts are dealt out for scoring. Of each
-model that learns or is compared with, a rank holds a share of every weight (FSDP2):
+Each rank attempts its share of the problems. Then all ranks gather all episodes, so that each one
+computes the same baselines, metrics and decisions. For scoring, each rank gets a share of the
+transcripts. Policy and reference are sharded: a rank holds a share of every weight (FSDP2):
 
     policy     float32 masters and Adam's state, in shares; a layer is gathered in the precision of
-               the run when it computes, and its gradients are summed over ranks in float32
+               the run when it computes, and its gradients are averaged over ranks in float32
     ref        the frozen base model, in shares
-    full copy  one whole model, of policy or ref, that samples: decoding needs no other rank, so
-               one may be done long before another
+    full copy  one whole model that samples, with the weights of policy or ref: decoding then needs
+               no other rank, so one rank may finish long before another
 
-A float32 model of a single process stays as it is: it is policy and full copy at once. A bfloat16
-one is "sharded" over one rank. All ranks call each function here alike. Next to read: sft.py.
+Without torchrun, a float32 policy is not sharded and samples itself; a bfloat16 policy is "sharded"
+over one rank. With --lora, nothing is sharded. All ranks must call the functions here in the same
+order. Next to read: sft.py.
 """
 
 import contextlib
@@ -36,8 +37,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data import InputError
 
-# Longer than any rank waits for another, such as for one that decodes the longest attempts. When a
-# rank is gone, torchrun ends the others; this ends a run whose rank hangs.
+# No rank should wait so long for another, not even for one that decodes the longest attempts. If a
+# rank dies, torchrun ends the others. This ends a run in which a rank hangs.
 TIMEOUT = timedelta(minutes=30)
 
 # --- 1. Who is there ---------------------------------------------------------------------------
@@ -45,9 +46,9 @@ TIMEOUT = timedelta(minutes=30)
 
 @contextlib.contextmanager
 def process_group():
-    """Join the other processes of torchrun, and leave them in the end; rank 0 alone prints.
+    """Join the other processes of torchrun, and leave them in the end; only rank 0 prints.
 
-    An error is raised on the rank where it happens, which prints again once it has left this.
+    An error is raised on the rank where it happens. Outside of this, that rank prints again.
     """
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
@@ -67,11 +68,11 @@ def process_group():
 
 def run_command(main) -> None:
     """Exit with main's status; of torchrun at once, since threads of torch may outlive Python."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # config.exit_early had another
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # config.exit_early set another
     try:
         status = main()
         sys.stdout.flush()
-    except BrokenPipeError:  # as with `| head`, nobody reads on
+    except BrokenPipeError:  # the reader has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
     if dist.is_torchelastic_launched():
@@ -129,7 +130,7 @@ def all_gather(items: list) -> list:
 
 
 def on_all_ranks(function, *args):
-    """function(*args), which calls no other rank; an InputError of one rank ends them all."""
+    """function(*args), which needs no other rank; an InputError on one rank ends all ranks."""
     result, errors = None, []
     try:
         result = function(*args)
@@ -141,12 +142,15 @@ def on_all_ranks(function, *args):
 
 
 def abort(message: str) -> None:
-    """End a run for an error that all ranks have alike: rank 0 prints it."""
+    """End a run for an error that all ranks have: rank 0 prints it, the others only exit."""
     raise InputError(message) if rank() == 0 else SystemExit(2)
 
 
 def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Rows of similar lengths, longest first, in rectangles of at most `budget` tokens each."""
+    """Groups of rows of similar lengths, longest first; padded, each has at most `budget` tokens.
+
+    A row that is longer is a group of its own.
+    """
     batches = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
@@ -159,8 +163,8 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
 def local_micro_batches(lengths: list[int], budget: int) -> list[tuple[list[int], float]]:
     """This rank's micro-batches of rows, each with its weight in the loss.
 
-    FSDP takes the mean of the ranks' gradients, so the weight is their number. All ranks make as
-    many backward passes, since each one communicates; a rank that has no rows left repeats one
+    FSDP takes the mean of the ranks' gradients, so the weight is the number of ranks. Each backward
+    pass communicates, so all ranks must make equally many: a rank without rows left repeats one
     with weight 0.
     """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
@@ -175,10 +179,10 @@ def local_micro_batches(lengths: list[int], budget: int) -> list[tuple[list[int]
 
 
 def shard(model, precision: str, forward) -> None:
-    """Shard a model's weights over the ranks: they keep their type, and compute in precision.
+    """Shard a model's weights over the ranks: they keep their dtype, and compute in `precision`.
 
-    forward(model, ...) becomes the method `gathered`. Layers are gathered one by one in it; what is
-    left, the embedding and the last norm, stays whole from its start to the end of backward.
+    forward(model, ...) becomes the method `gathered`, in which layers are gathered one by one. The
+    embedding and the last norm stay whole from its start to the end of backward.
     """
     if not dist.is_initialized():
         dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
@@ -197,7 +201,7 @@ def unshard(model, full_copy):
     """A model that a rank can call alone: the model itself, or `full_copy` with its weights."""
     if not isinstance(model, fsdp.FSDPModule):
         return model
-    model.reshard()  # what only looked forward, as the reference does, is still gathered
+    model.reshard()  # after a forward without backward, as of the reference, it is still gathered
     for weight, part in zip(full_copy.parameters(), model.parameters(), strict=True):
         weight.copy_(part.to(weight.dtype).full_tensor())
     return full_copy
@@ -207,9 +211,9 @@ def unshard(model, full_copy):
 def copy_weights(model, source) -> None:
     """Copy the weights of `source`, a whole model, into one that may be sharded."""
     if isinstance(model, fsdp.FSDPModule):
-        model.reshard()  # what is still gathered would be kept, or come back
+        model.reshard()  # else gathered old weights would stay in use, or come back
     for weight, new in zip(model.parameters(), source.parameters(), strict=True):
-        if weight is new:  # both have it from the same base (lora.py)
+        if weight is new:  # both share this weight of the base (lora.py)
             continue
         if isinstance(weight, DTensor):  # every rank has read the whole, and keeps its share
             place = weight.device_mesh, weight.placements
@@ -220,7 +224,7 @@ def copy_weights(model, source) -> None:
 
 
 def average_gradients(model) -> None:
-    """Give all ranks the mean of their gradients, where FSDP has not: those of adapters."""
+    """Average gradients over ranks where FSDP does not do it: the gradients of adapters."""
     if world() == 1 or isinstance(model, fsdp.FSDPModule):
         return
     grads = [weight.grad for weight in model.parameters() if weight.grad is not None]
@@ -236,11 +240,11 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def save_sharded(tensors: dict, folder: Path) -> None:
-    """Write a tree of tensors, each rank its shares; OSError if that cannot be."""
+    """Write a tree of tensors, each rank its shares; OSError if that fails."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a process may be alone
-            logging.disable()  # what goes wrong is told once
+            warnings.simplefilter("ignore")  # torch warns if there is only one process
+            logging.disable()  # torch logs what the exception says
             dcp.save(tensors, checkpoint_id=folder)
     except dcp.api.CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
@@ -252,13 +256,13 @@ def save_sharded(tensors: dict, folder: Path) -> None:
 
 
 def load_sharded(tensors: dict, folder: Path) -> None:
-    """Fill a tree of tensors with what any number of ranks saved; refuse a damaged one."""
+    """Fill a tree of tensors with what any number of ranks saved; end the run if it is damaged."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            logging.disable()  # or a damaged file is told of in two tracebacks
+            logging.disable()  # torch would log two tracebacks for a damaged file
             dcp.load(tensors, checkpoint_id=folder)
     except dcp.api.CheckpointException:
-        abort(f"{folder} is damaged and kept as it is: begin anew with --out")
+        abort(f"{folder} is damaged and left as it is: begin a new run with another --out")
     finally:
         logging.disable(logging.NOTSET)

@@ -1,9 +1,9 @@
 """How a policy attempts a problem: twice or more, in one KV cache.
 
-`rollout` samples attempt 1, asks again, samples attempt 2 ... or decodes greedily. Finished rows
-leave the batch, and an attempt is continued from what cache.py holds of those before it. Every draw
-has its own random number, fixed by (seed, problem, sample, attempt, token), so that what a row
-becomes does not depend on the rest of the batch. Next to read: cache.py.
+`rollout` samples attempt 1, asks again, samples attempt 2 and so on, or decodes greedily. Finished
+rows leave the batch. cache.py keeps what was read, so a later attempt goes on from there. Each draw
+has its own random number, fixed by (seed, problem, sample, attempt, token). So an episode does not
+depend on the other rows of its batch. Next to read: cache.py.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from tasks import Chat, judge
 class Attempt:
     """One answer: its tokens (with the end token, if it was sampled) and their log-probs.
 
-    stated: what it answers, such as the last number of its text; None if that cannot be found.
+    stated: the answer in its text, None if none is found. finished: it was not cut off.
     """
 
     tokens: list[int]
@@ -44,16 +44,16 @@ class Episode:
     problem: Problem
     x1: list[int]
     attempts: tuple[Attempt, ...]
-    offline: bool = False  # attempt 1 was sampled by another policy
+    offline: bool = False  # attempt 1 is in no loss, as if another policy sampled it
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How to sample: from the softmax of logits / temperature, greedily at temperature 0.
 
-    There is no top-k, top-p or penalty, and the checkpoint's generation_config is never read:
-    on-policy means on-policy. rows: episodes decoded side by side; they bound the memory of the KV
-    cache, and change nothing else but rounding.
+    There is no top-k, top-p or penalty, and the sampling settings of the checkpoint's
+    generation_config are not used: training must be on-policy. rows: how many episodes are decoded
+    at the same time; it bounds the memory of the KV cache, and changes nothing else but rounding.
     """
 
     attempts: int = 2
@@ -79,7 +79,7 @@ def rollout(
 
     Attempt n + 1 is conditioned on the exact tokens of x1, y1 .. yn. `begun` holds episodes of the
     same problems with first attempts from another model; they are continued, and marked offline.
-    part: the episodes to make here, if other processes make the others.
+    part: the episodes that this process makes, if other processes make the others.
     """
     uniforms = draw_uniforms(problems, sampling, part)  # (B, attempts, max_new_tokens)
     problems, begun, episodes = problems[part], begun[part], []
@@ -88,12 +88,12 @@ def rollout(
         drawn = uniforms[rows].to(model.device)
         episodes += rollout_rows(model, chat, problems[rows], sampling, begun[rows], drawn)
     if model.device.type == "cuda":
-        torch.cuda.empty_cache()  # the KV cache is gone: training finds its memory free, and whole
+        torch.cuda.empty_cache()  # frees the memory of the KV cache for training
     return episodes
 
 
 def rollout_rows(model, chat: Chat, problems, sampling: Sampling, begun, uniforms):
-    """`rollout` of as many rows as are decoded side by side; uniforms (B, attempts, tokens)."""
+    """`rollout` of rows that are decoded at the same time; uniforms (B, attempts, tokens)."""
     each = {problem.id: problem for problem in problems}
     x1 = dict(zip(each, chat.x1s(list(each.values())), strict=True))
     prompts = [x1[problem.id] for problem in problems]
@@ -117,7 +117,7 @@ def rollout_rows(model, chat: Chat, problems, sampling: Sampling, begun, uniform
 
 
 def segments(chat: Chat, x1: list[int], attempts) -> list[tuple[list[int], int]]:
-    """x1 y1 p1 y2 p1 ... as (token ids, number of the attempt, or 0); what comes next is sampled.
+    """x1 y1 p1 y2 p1 ... as (token ids, number of the attempt; 0: a prompt). The last is a prompt.
 
     An attempt that was cut off is closed with the chat's own end token. That token is in x2 but
     not in y1, so it is in no loss.
@@ -130,7 +130,7 @@ def segments(chat: Chat, x1: list[int], attempts) -> list[tuple[list[int], int]]
 
 
 def rewarded(chat: Chat, problems, answers, before) -> list[Attempt]:
-    """Attempts from the (token, log-prob)s of each; before: what the attempts before them state."""
+    """Judged attempts, made of the (token, log-prob)s of each; before: answers of those before."""
     pairs = [tuple(map(list, zip(*answer, strict=True))) for answer in answers]
     texts = [chat.text(tokens) for tokens, _ in pairs]
     stated, rewards = judge(texts, before, problems)
@@ -157,13 +157,15 @@ def decode(cache, contexts, uniforms, sampling: Sampling, end_ids):
             break
         live, logits = [live[i] for i in kept], cache.step(token[kept])
     if not logps.isfinite().all():
-        raise InputError("a logit is not a number: the weights are damaged, take others")
+        raise InputError(
+            "a logit of the model is not a number: its weights are damaged, name another checkpoint"
+        )
     pairs = zip(tokens.tolist(), logps.tolist(), strict=True)
     return [[x for x in zip(*pair, strict=True) if x[0] >= 0] for pair in pairs]
 
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float):
-    """One token a row by inverse CDF, and its log-prob; greedy at temperature 0.
+    """One token per row by inverse CDF, and its log-prob; greedy at temperature 0.
 
     Shapes: logits (B, V), uniform (B,) in [0, 1). Returns (B,), (B,). 1 - uniform lies in (0, 1],
     so the first token whose CDF reaches it always has a positive probability.
@@ -174,7 +176,7 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float):
     else:
         cdf = probabilities.cumsum(dim=-1)
         token = torch.searchsorted(cdf, (1 - uniform)[:, None] * cdf[:, -1:])[:, 0]
-        token = token.clamp(max=logits.shape[1] - 1)  # of NaN, which `decode` tells
+        token = token.clamp(max=logits.shape[1] - 1)  # NaN gives a larger one; `decode` reports it
     return token, probabilities.gather(1, token[:, None])[:, 0].log()
 
 
@@ -195,9 +197,9 @@ def seeded(key: str) -> torch.Generator:
 
 
 def askable(problems, model, chat: Chat, sampling: Sampling) -> tuple[list[Problem], int]:
-    """The problems that leave room for all attempts, and the most tokens of one with these.
+    """The problems that leave room for all attempts, and the most tokens of an episode of these.
 
-    The others are counted, never cut.
+    The others are skipped and counted. No prompt is ever cut.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
     room = chat.room(sampling.attempts, sampling.max_new_tokens)
@@ -211,21 +213,22 @@ def askable(problems, model, chat: Chat, sampling: Sampling) -> tuple[list[Probl
     if not kept:
         raise InputError(
             f"--max-new-tokens {sampling.max_new_tokens} is too many: the shortest prompt and "
-            f"{sampling.attempts} attempts are {min(lengths) + room} tokens, and the model takes "
-            f"{positions}"
+            f"{sampling.attempts} attempts are {min(lengths) + room} tokens, but the model takes "
+            f"{positions}: give less"
         )
     return kept, room + max(n for n, fit in zip(lengths, fits, strict=True) if fit)
 
 
-# KL of scored to sampled next tokens, in nats, up to which rounding may be the cause
+# The largest KL between scored and sampled next tokens, in nats, that rounding may cause
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 def check_sampling(model, longest: int, training: bool = False) -> None:
     """Raise InputError for a model that does not sample from the distribution it is scored by.
 
-    Two rows are read and continued as `rollout` does it, and scored by the model's own forward, in
-    the mode of `training`; and a row of `longest` tokens has to begin as a short one does.
+    Two random rows are read and continued as in `rollout`, and scored by the model's own forward,
+    in training mode if `training`: both must give the same distributions. The first tokens of a row
+    of `longest` tokens must get the same distributions as in a short row.
     """
     rows = torch.randint(model.get_input_embeddings().num_embeddings, (2, 24), generator=seeded(""))
     a, b = rows.tolist()
@@ -255,7 +258,7 @@ def check_sampling(model, longest: int, training: bool = False) -> None:
     except Exception as error:  # whatever another architecture raises
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(
-            f"--model {model.name_or_path} cannot be sampled ({reason}): it has to be a decoder "
+            f"--model {model.name_or_path} cannot be sampled ({reason}): choose a decoder "
             "with attention in all layers"
         ) from error
     finally:
@@ -284,10 +287,10 @@ def pick(problems: list[Problem], count: int, number: int, seed: int) -> list[Pr
 def transcript(episode: Episode, chat: Chat) -> list[tuple[int, int, float]]:
     """(token, attempt id, log-prob) of x1 y1 p1 y2; the id is 0 for a token that is in no loss.
 
-    Those are prompts, instructions, a forced end token and a y1 that another policy sampled.
+    These are the prompts, the end token of an attempt that was cut off, and an offline y1.
     """
     row = []
-    for tokens, n in segments(chat, episode.x1, episode.attempts)[:-1]:  # no prompt after the last
+    for tokens, n in segments(chat, episode.x1, episode.attempts)[:-1]:  # without the last prompt
         if n == 0 or (n == 1 and episode.offline):
             row += [(token, 0, 0.0) for token in tokens]
         else:
@@ -297,10 +300,10 @@ def transcript(episode: Episode, chat: Chat) -> list[tuple[int, int, float]]:
 
 
 def collate(rows: list, device) -> tuple[torch.Tensor, ...]:
-    """Tokens (B, S) of transcripts, and what is predicted: attempt ids, log-probs (B, T), places.
+    """Tokens (B, S) of transcripts; attempt ids, log-probs (B, T) and places of predicted tokens.
 
-    The places (N,) are those of attempt tokens among all B * T. Rows are padded on the right:
-    under causal attention nothing looks there, so the pads need no attention mask.
+    places (N,): the indices of attempt tokens among all B * T. Rows are padded on the right: causal
+    attention never looks there, so the pads need no attention mask.
     """
     width = max(map(len, rows))
     padded = [row + [(0, 0, 0.0)] * (width - len(row)) for row in rows]

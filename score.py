@@ -1,34 +1,33 @@
-"""SCoRe: a language model learns to correct itself, by reinforcement on its own attempts.
+"""SCoRe: a language model learns to correct itself, by reinforcement learning on its attempts.
 
     x1 ──▶ y1 ──▶ x2 = x1 y1 p1 ──▶ y2         p1: "there might be an error, rewrite the solution"
            │                        │
            r1 = r̂(y1, y*)           r2 = r̂(y2, y*)        1 if the answer is right, else 0
 
-    reward multiplies the log-prob of tokens   in y1     in y2               and KL costs
+    what multiplies the log-prob of a token    in y1     in y2               KL penalty
       Stage I   (Eq. 3)                        0         r2                  β2 on y1, β1 on y2
       Stage II  (Eq. 4 and the bonus)          r1        r2 + α (r2 - r1)    β1 on both
-    less a baseline, the mean of k - 1 siblings (samples of that problem): r1 - mean, r2 - mean,
-    and in Stage II, since r1 is known before y2 is sampled, (1 + α) (r2 - mean)
+    A baseline is subtracted from each reward: the mean of the k - 1 siblings, the other samples of
+    the problem. r1 is known before y2: in Stage II, (1 + α) (r2 - mean r2) is left for y2.
 
     (Eq. 3)  max E[ r̂(y2, y*) - β2 KL(π(·|x1) ‖ π_ref(·|x1)) ]    and Eq. 2's β1 KL on y2
     (Eq. 4)  max E[ Σᵢ r̂(yᵢ, y*) - β1 KL(π(·|xᵢ) ‖ π_ref(·|xᵢ)) ]
     (bonus)  b̂(y2 | y1, y*) = α (r̂(y2, y*) - r̂(y1, y*)), added to r̂(y2, y*) of Eq. 4
 
 π is the policy, π_ref the frozen base model, y* the true answer. Plain RL learns a better attempt 1
-and then copies it. Stage I holds attempt 1 at the base model: reward can come only from what
+and then copies it. Stage I holds attempt 1 at the base model, so reward can come only from what
 attempt 2 changes. Stage II trains both; the bonus makes attempt 2 weigh 1 + α times as much.
-Credit is per attempt (γ = 0, appendix A.4): x2 is a given to y2, and y1 is never paid for r2 or the
-bonus: in r1 + r2 + α (r2 - r1), a right y1 would cost 9.
+Credit is per attempt (γ = 0, appendix A.4): y1 is paid for r1 alone. If it were paid for the whole
+sum r1 + r2 + α (r2 - r1), a right y1 would cost 9 at α = 10.
 
     python score.py                 base model, Stage I and Stage II on column addition, on a CPU
-    python score.py --stage 1       Stage I, then --stage 2; other stages: see section 5
-    python score.py --task math     Gemma 2 2B on MATH, or --task code: MBPP; one GPU of 80 GB, and
-                                    with --lora 16 --rows 32 (lora.py) one of 24 GB
-    torchrun --nproc_per_node=8 score.py ...     the same on many (ranks.py)
+    python score.py --stage 1       Stage I alone; --stage 2 goes on from it; others: section 5
+    python score.py --task math     Gemma 2 2B on MATH (--task code: on MBPP), on one GPU of 80 GB;
+                                    with --lora 16 --rows 32 (lora.py), 24 GB are enough
+    torchrun --nproc_per_node=8 score.py ...     the same on 8 GPUs (ranks.py)
 
-Left out: a value model (siblings are the baseline), PPO's ratio and clipping (one update a batch,
-so the ratio is 1), dividing by length or by the spread of rewards (it would cancel α). The loss is
-no learning curve: only its gradient means something. Next to read: config.py.
+Left out: a value model (siblings are the baseline), PPO's ratio and clipping (one update per batch:
+the ratio is 1), dividing by length or by the rewards' spread (cancels α). Next to read: config.py.
 """
 
 import json
@@ -69,8 +68,8 @@ from runs import Progress, Run
 from sample import Episode, Sampling, collate, pick, rollout, transcript
 from sft import pair_traces, star_traces
 
-# Shapes: B episodes (k samples of a problem adjacent), S tokens of a transcript, T = S - 1 that are
-# predicted from what is before them, N of all of them that are in a loss, V vocabulary.
+# Shapes: B episodes (the k samples of a problem are adjacent), S tokens of a transcript, T = S - 1
+# predicted tokens (all but the first), N of the B * T that are in a loss, V vocabulary.
 # --- 1. Rewards and bonus --------------------------------------------------------------------
 
 
@@ -95,7 +94,7 @@ def leave_one_out(r: torch.Tensor, k: int) -> torch.Tensor:
 
 # --- 3. Log-probs and KL ---------------------------------------------------------------------
 
-LOGITS_AT_ONCE = 2**27  # half a GB in float32, and some eight of these
+LOGITS_AT_ONCE = 2**27  # half a GB in float32; about eight tensors of this size exist at once
 
 
 @dataclass(frozen=True)
@@ -127,8 +126,8 @@ def reinforce(attempt: AttemptBatch, advantage: torch.Tensor) -> torch.Tensor:
 def kl_penalty(attempt: AttemptBatch) -> torch.Tensor:
     """Σ_t KL_t, with the whole gradient of its expectation; (B,).
 
-    ∇ E[Σ_t KL_t] = E[Σ_t ∇KL_t + ∇log π(y_t) Σ_{t' > t} KL_t']: a token answers for its own KL and,
-    since it decides where the attempt goes on, for the KL to come.
+    ∇ E[Σ_t KL_t] = E[Σ_t ∇KL_t + ∇log π(y_t) Σ_{t' > t} KL_t']: a token pays for its own KL, and
+    also for the KL of the tokens that it leads to.
     """
     kl, logp = attempt.kl, attempt.logp  # (B, T)
     kl_to_come = (kl.sum(dim=1, keepdim=True) - kl.cumsum(dim=1)).detach()  # (B, T)
@@ -136,8 +135,9 @@ def kl_penalty(attempt: AttemptBatch) -> torch.Tensor:
 
 
 # --- 4. The objectives -----------------------------------------------------------------------
-# To be maximised. Only the gradient means something: the equation's, where y2's terms take y1 as
-# given. y: two attempts, or three; the third is to the second as that is to the first (A.1).
+# They are maximised. The loss is no learning curve: only its gradient means something. It is the
+# equation's, with y1 held fixed in the terms of y2. y holds two attempts, or three; then y3 relates
+# to y2 as y2 does to y1 (A.1).
 
 
 def stage1_objective(y: list[AttemptBatch], beta1: float, beta2: float) -> torch.Tensor:
@@ -157,8 +157,8 @@ def stage1_objective(y: list[AttemptBatch], beta1: float, beta2: float) -> torch
 def stage2_objective(y: list[AttemptBatch], beta1: float, alpha: float) -> torch.Tensor:
     """Eq. 4 (ICLR): E[ Σᵢ r̂(yᵢ, y*) - β1 KL(π(·|xᵢ) ‖ π_ref(·|xᵢ)) ], r̂(y2) with the bonus; (B,).
 
-    The baseline of y2 is the siblings' r2 with the bonus it would bring after this y1: -α r1 is
-    known before y2 is sampled, and cancels. So advantage2 = (1 + α) (r2 - siblings' mean r2).
+    The baseline of y2 is the siblings' mean r2, with the bonus that it would bring after this y1.
+    So -α r1, known before y2 is sampled, cancels: advantage2 = (1 + α) (r2 - siblings' mean r2).
     """
     advantages = [y[0].r - y[0].baseline]
     for y1, y2 in pairwise(y):
@@ -172,7 +172,7 @@ def stage2_objective(y: list[AttemptBatch], beta1: float, alpha: float) -> torch
 
 
 def single_turn_objective(y1: AttemptBatch, beta1: float) -> torch.Tensor:
-    """Eq. 2 (ICLR) on y1 alone, single-turn RL, with which SCoRe is compared (Table 4); (B,)."""
+    """Eq. 2 (ICLR) on y1 alone: single-turn RL, which SCoRe is compared with (Table 4); (B,)."""
     return reinforce(y1, y1.r - y1.baseline) - beta1 * kl_penalty(y1)
 
 
@@ -182,9 +182,9 @@ def likelihood_objective(y2: AttemptBatch) -> torch.Tensor:
 
 
 def multipliers(stage: Stage, r: torch.Tensor, baseline: torch.Tensor, cfg: Config) -> torch.Tensor:
-    """What the log-prob of each token of an attempt is multiplied by, KL aside; (B, attempts).
+    """What multiplies the log-prob of each token in an attempt, without the KL; (B, attempts).
 
-    It is the derivative of the objective, for episodes of these rewards and baselines.
+    It is the derivative of the objective, for episodes with these rewards and baselines.
     """
     assert r.dim() == 2 and r.shape == baseline.shape
     logp = [torch.zeros(len(r), 1, requires_grad=True) for _ in r[0]]
@@ -232,7 +232,7 @@ SCORE = (
 
 
 def sft_stage(name: str, title: str, traces: Callable) -> Stage:
-    """A stage of maximum likelihood on traces of what the checkpoint before it samples."""
+    """A stage of maximum likelihood, on traces that the checkpoint before it samples."""
     return Stage(
         name=name,
         title=title,
@@ -241,7 +241,7 @@ def sft_stage(name: str, title: str, traces: Callable) -> Stage:
         steps="steps2",
         sampler="before",
         learns_from=traces,
-        selected_by=None,  # what another model samples says nothing about the policy
+        selected_by=None,  # the rewards are another model's, and say nothing about the policy
         restarts=True,
     )
 
@@ -279,8 +279,8 @@ def token_log_probs(learner: Learner, hidden, ref_hidden, chosen: torch.Tensor):
 def log_probs_and_kl(learner: Learner, tokens: torch.Tensor, places: torch.Tensor):
     """logp and kl of the tokens of attempts, 0 elsewhere, in one forward; (B, S) -> (B, T) each.
 
-    places: (N,) of those tokens among the B * T. Logits are made for them only, in chunks, and anew
-    in backward: they are large.
+    places (N,): indices of those tokens among the B * T. Logits are large, so they are computed for
+    these places only, in chunks, and once more in backward.
     """
     chosen = tokens[:, 1:]  # (B, T)
     hidden = models.last_hidden(learner.policy, tokens)[:, :-1].flatten(0, 1)[places]  # (N, d)
@@ -298,16 +298,16 @@ def log_probs_and_kl(learner: Learner, tokens: torch.Tensor, places: torch.Tenso
 
 def update(learner: Learner, episodes: list[Episode], stage: Stage, beta2: float) -> dict:
     """One Adam step on a batch of episodes; returns KL, advantage, gradient norm, on-policy gap."""
-    if not episodes:  # no attempt 2 in this batch is right
+    if not episodes:  # SFT found no trace in this batch
         return dict.fromkeys(("kl_t1", "kl_t2", "advantage", "grad_norm", "on_policy_gap"), 0.0)
     cfg, policy, device = replace(learner.cfg, beta2=beta2), learner.policy, learner.policy.device
     rows = [transcript(episode, learner.chat) for episode in episodes]
     r = torch.tensor([[a.reward for a in episode.attempts] for episode in episodes], device=device)
-    siblings = stage.learns_from is None  # else they are not side by side, and give no baseline
+    siblings = stage.learns_from is None  # traces are no longer in groups of k: no baseline
     baseline = [leave_one_out(column, cfg.k) for column in r.unbind(dim=1)] if siblings else []
     kls, gaps = [], []  # of this rank's episodes
-    policy.train(bool(cfg.recompute))  # activations are recomputed in this mode only; no dropout
-    # weight: the number of ranks, since FSDP takes the mean of their gradients
+    policy.train(bool(cfg.recompute))  # activations are recomputed in this mode only; dropout is 0
+    # weight: the number of ranks, since FSDP takes the mean of their gradients; 0: a repeated row
     for batch, weight in ranks.local_micro_batches(list(map(len, rows)), cfg.micro_tokens):
         tokens, attempt_ids, sampled, places = collate([rows[i] for i in batch], device)
         logp, kl = log_probs_and_kl(learner, tokens, places)
@@ -326,9 +326,9 @@ def update(learner: Learner, episodes: list[Episode], stage: Stage, beta2: float
     ranks.average_gradients(policy)
     norm = ranks.full_tensor(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip))
     if not norm.isfinite():
-        ranks.abort("the gradient is no longer finite: begin anew with a lower --lr")
+        ranks.abort("the gradient is no longer finite: begin a new run with a lower --lr")
     learner.optimizer.step()
-    learner.optimizer.zero_grad()  # sampling needs the memory
+    learner.optimizer.zero_grad()  # sampling needs the memory of the gradients
     sums = map(sum, zip(*ranks.all_gather(kls), strict=True))
     metrics = {f"kl_t{i}": total / len(episodes) for i, total in enumerate(sums, start=1)}
     advantage = (r[:, -1] - baseline[-1]).abs().mean().item() if siblings else 0.0
@@ -367,7 +367,7 @@ def train(learner: Learner, run: Run, progress: Progress) -> None:
         print(first_correction(episodes, metrics, stage.folder))
         progress.index, progress.step, progress.best = progress.index + 1, 0, -1.0
         progress.beta2 = cfg.beta2
-        if progress.index < len(learner.plan):  # else the last step stays saved, to train longer
+        if progress.index < len(learner.plan):  # else the last step stays saved, to add steps later
             save_training(learner, run, progress)
 
 
@@ -396,7 +396,7 @@ def one_step(learner: Learner, run: Run, progress: Progress, stage: Stage) -> di
         progress.beta2 = adapted_beta2(progress.beta2, line, cfg)
     progress.step += 1
     line["alarms"] = []
-    if stage.sampler == "policy":  # they are about the policy that learns
+    if stage.sampler == "policy":  # alarms are about the policy, not about another sampler
         lines, base = [*run.lines, line], run.results["base, sampled"]
         line["alarms"] = runs.raise_alarms(lines, base, progress, fresh=not cfg.init)
     if cfg.eval_every and (number + 1) % cfg.eval_every == 0:
@@ -425,7 +425,7 @@ def show(run: Run, episodes: list[Episode], stage: Stage, cfg: Config) -> None:
 
 
 def sample(learner: Learner, problems: list[Problem], stage: Stage, seed: str) -> list[Episode]:
-    """Fresh episodes of who attempts in this stage; a share begins with the base's attempt 1."""
+    """Episodes of the model that samples in this stage; a share has the base model's attempt 1."""
     cfg, attempts = learner.cfg, stage.attempts or learner.cfg.attempts
     sampling = Sampling(attempts, cfg.max_new_tokens, cfg.temperature, seed, cfg.rows)
     split = round(cfg.offline * len(problems) / cfg.k) * cfg.k
@@ -438,16 +438,17 @@ def sample(learner: Learner, problems: list[Problem], stage: Stage, seed: str) -
     if split:
         ref = ranks.unshard(learner.ref, learner.full_copy)
         begun = attempt(ref, problems[:split], replace(sampling, attempts=1))
-    # after ref: there is one full copy for both
+    # only after ref has attempted: both use the same full copy
     policy = learner.sampler or ranks.unshard(learner.policy, learner.full_copy)
     continued = attempt(policy, problems[:split], sampling, begun) if split else []
     return continued + attempt(policy, problems[split:], sampling)
 
 
 def keep_best(learner: Learner, run: Run, progress: Progress, stage: Stage) -> None:
-    """Export the policy if its reward, over the steps since the last save, is the stage's best.
+    """Save the policy as the stage's checkpoint, if its reward since the last save is the best.
 
-    NOT IN PAPER: that is the reward of attempt `selected_by`, averaged over those steps.
+    NOT IN PAPER: this is the reward of attempt `selected_by`, averaged over the steps since then.
+    If `selected_by` is None, the policy is saved each time.
     """
     since, reward = min(progress.step, learner.cfg.save_every), 0.0
     if stage.selected_by is not None:
@@ -461,10 +462,10 @@ def keep_best(learner: Learner, run: Run, progress: Progress, stage: Stage) -> N
 
 
 def adapted_beta2(beta2: float, line: dict, cfg: Config) -> float:
-    """β2 of the next step: β2 KL(y1) is to become as large as the mean |advantage| of y2.
+    """β2 of the next step: over time, β2 KL(y1) becomes as large as the mean |advantage| of y2.
 
     Section 5.3 has an adaptive β2 "to balance the magnitudes" of both; the rule is NOT STATED. Here
-    β2 changes by a tenth a step at most, and stays within a tenth and 10 times the flag's.
+    a step changes β2 by a factor of at most 1.1, and β2 stays between --beta2 / 10 and 10 --beta2.
     """
     *held, _last = (value for key, value in line.items() if key.startswith("kl_t"))
     wanted = line["advantage"] / max(sum(held), 1e-9)
@@ -487,7 +488,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"score.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped before a step was made: nothing is lost", file=sys.stderr)
+        print("stopped before any step was made: nothing is lost", file=sys.stderr)
         return 130
 
 
@@ -502,7 +503,7 @@ def start_or_resume(typed: dict) -> int:
     cfg, plan = learner.cfg, learner.plan
     if progress.index < len(plan):
         command = runs.train_command(cfg, "--resume")
-        print(f"stopped and saved after {len(run.lines)} steps; {command}")
+        print(f"stopped and saved after {len(run.lines)} steps; to go on: {command}")
         return 0 if run.signal == signal.SIGTERM else 130
     table = as_table({name: row for name, row in run.results.items() if name != "base, sampled"})
     print(f"done in {time.perf_counter() - began:.0f} s; greedy on held-out problems:\n{table}")

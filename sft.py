@@ -1,33 +1,31 @@
 """Maximum likelihood: the built-in base model, and STaR and Pair-SFT, to compare SCoRe with.
 
-The paper's base models know more than their first attempt shows, and when asked again they mostly
-stay with what they said. `fit_builtin` makes such a model for column addition, from transcripts of
-up to ten attempts, each of which begins with a word of its own, as a longer answer would:
+The paper's base models can do more than their first attempt shows. Asked again, they mostly keep
+their answer. `fit_builtin` makes such a model for column addition (NOT IN PAPER: it stands in for
+Gemini). It learns from transcripts of up to ten attempts. The first word says what follows:
 
-    attempt 1   fast 7 9 1    no carry is seen: each column is added alone
-                slow 8 0 1    a carry is seen if it starts at most FAR columns away
-    later ones  ok            stays with the answer before
-                no 8 0 1      rewrites it: right, or with a slip, the carry into one column wrong
+    attempt 1   fast 7 9 1    sees no carry: each column is added alone
+                slow 8 0 1    sees a carry if it starts at most FAR columns away
+    later ones  ok            keeps the answer before
+                no 8 0 1      rewrites it: right, or with a slip (one carry is wrong)
 
-First the model learns to do all of these, then to do them in a tenth attempt, too. Then it learns
-how seldom: most first attempts are fast, nearly all others `ok`, and most rewrites have a slip. So
-the greedy base adds column by column and keeps its answer, though it could correct it. All of this
-is NOT IN PAPER: it stands in for Gemini, and goes through the same code as google/gemma-2-2b-it.
+First the model learns to do all of these, then to do them in up to ten attempts. Then it learns how
+often: most first attempts are `fast`, nearly all later ones are `ok`, and most rewrites have a
+slip. So the greedy base model adds each column alone and keeps its answer, though it could correct.
 
 STaR and Pair-SFT raise the likelihood of y2 in traces x1 y1 p1 y2 with a right y2 (section 4.1):
 
-    star, pair      D     y1 wrong, y2 right, as one policy sampled them one after the other; in
-                          Pair-SFT, y2 is any right answer to the same problem, of either attempt
-    star+, pair+    D+    and those with a right y1, too
+    star            D     y1 is wrong, y2 is right; one policy sampled them one after the other
+    pair            D     y1 is wrong; y2 is drawn from all right attempts at the same problem
+    star+, pair+    D+    the same, and also traces with a right y1
 
-STaR is repeated, `--stage star,star,star`: each time the model of the time before samples, and the
-base model learns anew (ReST^EM). Pair-SFT is done once.
+STaR is repeated (`--stage star,star,star`): each time, the model of the time before samples, and
+the base model is trained again from its start (ReST^EM). Pair-SFT is done once.
 
-NOT STATED: whether y1 is in the loss (here not: it would teach mistakes), which wrong answers
-Pair-SFT has (here first attempts), how long and in what batches to learn. NOT IN PAPER: there is no
-data set on disk. Each step samples k episodes of a problem, as SCoRe's do, and learns once from the
-traces among them (ReST^EM takes at most 10 of a problem), so all methods have as many samples and
-updates; that is one epoch.
+NOT STATED: whether y1 is in the loss (not here, it would teach mistakes), which wrong answers
+Pair-SFT takes (here: first attempts), how long to train and on what batches. NOT IN PAPER: no data
+set is stored. As in SCoRe, a step samples k episodes of a problem, and it learns once from the
+traces among them. So all methods have as many samples and updates. (ReST^EM: at most 10 a problem)
 """
 
 import random
@@ -50,9 +48,10 @@ from tasks import Chat, load_problems, read_chat
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps of fitting, and shares of what they show: of first attempts, and of later ones.
+    """Steps of fitting, and what their transcripts show.
 
-    attempts: how many a transcript has; each step draws one of these numbers.
+    attempts: how many a transcript has; each step draws one of these numbers. slow: a share of the
+    first attempts; right, slip: shares of the later ones.
     """
 
     steps: int
@@ -78,7 +77,7 @@ CHAT_TEMPLATE = (
 
 
 def builtin_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a column (`4+7`), digit, word and special token; separated by spaces."""
+    """One token for each column (`4+7`), digit, word and special token; spaces separate them."""
     columns = [f"{upper}+{lower}" for upper in range(10) for lower in range(10)]
     words = ["<pad>", "<bos>", "<end>", "again", "=", "ok", "no", "fast", "slow"]
     words += [*map(str, range(10)), *columns]
@@ -145,7 +144,7 @@ def fit_builtin(seed: int) -> tuple[Gemma2ForCausalLM, PreTrainedTokenizerFast]:
 def draw(
     chat: Chat, problem: Problem, phase: Phase, attempts: int, rng: random.Random
 ) -> list[tuple[int, bool]]:
-    """(token, is it in the loss?) of x1 y1 p1 y2 p1 y3 ..: attempts are, prompts are not."""
+    """x1 y1 p1 y2 p1 y3 .. as (token, is it in the loss?): attempts are, prompts are not."""
     encode = chat.tokenizer.convert_tokens_to_ids
     transcript = [(token, False) for token in encode(["<bos>", *problem.question.split()])]
     for number in range(attempts):
@@ -212,7 +211,10 @@ def pair_traces(episodes: list[Episode], k: int, seed: str, keep_right=False) ->
 
 
 def with_right_y2(episodes: list[Episode], keep_right: bool) -> list[Episode]:
-    """Those with a right y2 and a wrong y1, or any y1; marked offline, so that no loss has y1."""
+    """The episodes with a right y2 and a wrong y1; with keep_right, those with a right y1, too.
+
+    They are marked offline, so that y1 is in no loss.
+    """
     pairs = ((episode, *(y.reward for y in episode.attempts)) for episode in episodes)
     kept = [episode for episode, r1, r2 in pairs if r2 and (keep_right or not r1)]
     return [replace(episode, offline=True) for episode in kept]

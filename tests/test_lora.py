@@ -339,7 +339,7 @@ def test_new_adapters_are_the_same_for_a_seed(model):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--lora", "-1"], "--lora -1 must be 0 or more"),
+        (["--lora", "-1"], "--lora -1 is negative: give 0 or more"),
         (["--init", "adapters"], "holds LoRA adapters, not a whole model"),
         (["--model", "adapters", "--lora", "4"], "holds LoRA adapters, not a whole model"),
         (["--init", "adapters", "--lora", "8"], "has rank 4: give --lora 4"),

@@ -347,7 +347,7 @@ def test_the_control_starts_from_the_base_with_init(checkpoint, tmp_path):
         (["--out", "x" * 300], "cannot be written"),
         (["--out", "/proc"], "--out /proc cannot be written"),
         (["--model", "wordless"], "wordless has a tokenizer of"),
-        (["--model", "of a run"], "is no checkpoint: name one of its own, such as"),
+        (["--model", "of a run"], "is no checkpoint: name a folder in it, such as"),
         (["--prompt", "nowhere.txt"], "nowhere.txt cannot be read"),
         (["--correction", "blank.txt"], "--correction blank.txt is empty"),
         (["--columns", "a,b"], "--columns a,b is for --task answers"),
