@@ -52,15 +52,17 @@ class Config:
     )
     data: str = flag(
         "",
-        "folder with the task's files, used instead of the hub; for --task answers also a name on "
-        "the hub, such as openai/gsm8k:main",
+        "folder with the task's files (none: from the hub); for --task answers also a name on the "
+        "hub, such as openai/gsm8k:main",
     )
     columns: str = flag(
         "",
         "for --task answers: names of the columns of questions and answers, such as "
-        "problem,solution; if not given, question,answer",
+        "problem,solution (none: question,answer)",
     )
-    prompt: str = flag("", "file with your own first prompt; {question} in it is replaced")
+    prompt: str = flag(
+        "", "file with your own first prompt; the question replaces {question}, or comes at the end"
+    )
     correction: str = flag("", "file with your own words that ask for another attempt")
     thinking: int = flag(0, "1: let the chat template ask for thinking first, as Qwen3's can")
     date: str = flag(Wording.date, "fixed date for chat templates that print today's date")
@@ -143,16 +145,17 @@ class Config:
 
 GROUPS = {  # of --help
     "what to learn": "stage model init task data columns prompt correction thinking date ids",
-    "the algorithm (Table 8: of arXiv 2409.12917; NOT STATED: the paper is silent)": (
-        "steps1 steps2 batch k lr alpha beta1 beta2 adaptive_beta2 clip lora seed"
-    ),
+    "the algorithm": "steps1 steps2 batch k lr alpha beta1 beta2 adaptive_beta2 clip lora seed",
     "sampling": "attempts temperature max_new_tokens offline",
     "memory and speed": "precision rows micro_tokens recompute compile",
     "the run": "out resume save_every show_every problems eval_every tensorboard",
 }
+SOURCES = """Table 8 and the sections are those of the paper, arXiv 2409.12917 (ICLR version).
+NOT STATED: the paper does not say it, so the default is our choice."""
 EXAMPLES = """examples:
   python score.py                                  the built-in task, on a CPU
   python score.py --task math --lora 16 --rows 32  Gemma 2 2B on one GPU of 24 GB
+  python score.py --task answers --data FOLDER     your own questions
   python score.py --resume --out runs/math         go on after a stop
 """
 EVAL_EXAMPLES = """examples:
@@ -332,6 +335,7 @@ def help_parser(words: str, examples: str) -> argparse.ArgumentParser:
 def parse_train_flags(words: str, argv: list[str] | None = None) -> dict:
     """The flags of score.py that were given, by name; defaults are left to Config."""
     parser = help_parser(words, EXAMPLES)
+    parser.description += f"\n\n{SOURCES}"
     known = {item.name: item for item in fields(Config)}
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
@@ -339,13 +343,27 @@ def parse_train_flags(words: str, argv: list[str] | None = None) -> dict:
             others = {task: settings_of(task).get(item.name, item.default) for task in TASKS}
             of_task = "".join(f", {task}: {x}" for task, x in others.items() if x != item.default)
             default = "none" if item.default == "" else item.default
-            text = f"{item.metadata['help']} (default: {default}{of_task})".replace("%", "%%")
-            kind = {"type": type(item.default)}
+            text = f"{item.metadata['help']} (default: {default}{of_task})"
+            kind = {"help": text.replace("%", "%%"), **kind_of(item)}
             if item.default is False:
-                kind = {"action": "store_true"}
-            group.add_argument(as_flag(item.name), default=argparse.SUPPRESS, help=text, **kind)
+                kind = {"help": item.metadata["help"], "action": "store_true"}
+            group.add_argument(as_flag(item.name), default=argparse.SUPPRESS, **kind)
     assert not known, f"in no group: {known}"
     return parsed(parser, argv)
+
+
+def kind_of(item) -> dict:
+    """The type of a setting, and what stands for its value in --help."""
+    switch = item.metadata["help"].startswith("1:")
+    values = {int: "0|1" if switch else "N", float: "X"}
+    return {"type": type(item.default), "metavar": values.get(type(item.default))}
+
+
+def folder(name: str) -> Path:
+    """The type of a flag that names a folder; Path("") would be the current one."""
+    if not name:
+        raise argparse.ArgumentTypeError("it is empty: name a folder")
+    return Path(name)
 
 
 def parsed(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict:
@@ -356,8 +374,8 @@ def parsed(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict:
     return typed
 
 
-def parse_eval_flags(words: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """All flags of eval.py; those that score.py has, too, are by default as in the model's run."""
+def eval_parser(words: str) -> argparse.ArgumentParser:
+    """The parser of eval.py's flags; SHARED and ATTEMPT_FLAGS are left out if not typed."""
     parser = help_parser(words, EVAL_EXAMPLES)
     asked = parser.add_argument_group(
         "what the model is asked; by default the same as in the checkpoint's run"
@@ -366,15 +384,16 @@ def parse_eval_flags(words: str, argv: list[str] | None = None) -> argparse.Name
     other = parser.add_argument_group("instead of two attempts at each problem")
     files = parser.add_argument_group("files")
     asked.add_argument("--model", help="checkpoint folder, or name on the Hugging Face hub")
-    words = f"{', '.join(TASKS)}, or a Python file with TASK = Task(..) (default: the run's, sums)"
+    words = f"{', '.join(TASKS)}, or a Python file with TASK = Task(..) (default: as in the run)"
     asked.add_argument("--task", default=argparse.SUPPRESS, help=words)
     for item in fields(Config):
         if item.name in (*SHARED, *ATTEMPT_FLAGS):
             words = ATTEMPT_FLAGS.get(item.name, item.metadata["help"])
-            kind = {"default": argparse.SUPPRESS, "type": type(item.default)}
-            usual = "the run's"
+            kind = {"default": argparse.SUPPRESS, **kind_of(item)}
+            usual = "as in the run"
             if item.name in ATTEMPT_FLAGS:
-                usual += "".join(f", {task}: {getattr(TASKS[task], item.name)}" for task in TASKS)
+                of_task = (f"{task}: {getattr(TASKS[task], item.name)}" for task in TASKS)
+                usual += f"; without one {', '.join(of_task)}"
             group = how if item.name in ATTEMPT_FLAGS else asked
             group.add_argument(as_flag(item.name), help=f"{words} (default: {usual})", **kind)
     words = "which problems: test, or mbpp with --task code (default: test)"
@@ -386,24 +405,30 @@ def parse_eval_flags(words: str, argv: list[str] | None = None) -> argparse.Name
     how.add_argument("--seed", default="eval", help=words)
     other.add_argument("--ask", metavar="QUESTION", help="print attempts at this question")
     words = (
-        "correct wrong first attempts that are given: by a JSONL file or, without FILE, by the "
-        "base model"
+        "correct wrong first attempts that are given: by a JSONL file (id and "
+        "attempts as in transcripts.jsonl, or task_id and program) or, without FILE, by the base "
+        "model"
     )
     other.add_argument("--repair", nargs="?", const="", metavar="FILE", help=words)
     words = (
-        "compare two votes at budgets of 2, 4 .. 2 SAMPLES attempts at a problem: of first "
-        "attempts only, or of attempts 2 (half as many, since each needs an attempt 1)"
+        "majority votes of 2, 4 .. 2 SAMPLES attempts at a problem: of first attempts only, or "
+        "of second ones (half as many, since each needs a first one)"
     )
     other.add_argument("--samples", type=int, default=0, help=words)
     words = "Self-Refine: ask for feedback on attempt 1, and then for attempt 2"
     other.add_argument("--refine", action="store_true", help=words)
     words = "folder to write to (default: RUN/eval/STAGE for the checkpoint RUN/STAGE)"
-    files.add_argument("--out", type=Path, help=words)
+    files.add_argument("--out", type=folder, help=words)
     words = "write one HTML page on a run or an evaluation, or on two of them side by side"
-    files.add_argument("--report", type=Path, nargs="+", metavar="FOLDER", help=words)
+    files.add_argument("--report", type=folder, nargs="+", metavar="FOLDER", help=words)
     words = "draw the pictures of a run or an evaluation"
-    files.add_argument("--plot", type=Path, metavar="FOLDER", help=words)
-    typed = parsed(parser, argv)
+    files.add_argument("--plot", type=folder, metavar="FOLDER", help=words)
+    return parser
+
+
+def parse_eval_flags(words: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """All flags of eval.py; those that score.py has, too, are by default as in the model's run."""
+    typed = parsed(eval_parser(words), argv)
     of_run = settings_of_run(typed["model"], typed.get("task"))
     known = find_task(typed.get("task") or of_run.get("task", Config.task))
     usual = {name: getattr(Config, name) for name in ("task", *SHARED)}

@@ -383,8 +383,8 @@ def read_folder(
         paths = [path for path in paths if prefer in path.name.lower()] or paths
         if len(paths) != 1:
             raise InputError(
-                f"--data {folder} needs one file ({kinds}) with {' or '.join(parts)} in its name, "
-                f"but has {', '.join(path.name for path in paths) or 'none'}"
+                f"--data {folder} needs exactly one file ({kinds}) with {' or '.join(parts)} in "
+                f"its name, but has {', '.join(path.name for path in paths) or 'none'}"
             )
         found[key] = read_table(paths[0], texts)
     return found

@@ -179,6 +179,8 @@ def main(argv: list[str] | None = None) -> int:
             if settings:
                 print(f"asked as in the run:{as_words(settings)}", file=sys.stderr)
             if args.plot or args.report:
+                if args.model:
+                    raise InputError("--report and --plot evaluate no --model: leave it out")
                 draw = partial(figures.draw, args.plot) if args.plot else partial(write, args)
                 print(f"wrote {ranks.on_all_ranks(draw)}")
             elif args.ask is not None:

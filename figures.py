@@ -112,9 +112,13 @@ def draw_attempts(folder: Path) -> Path:
 def draw_levels(axis, evaluations: list[dict]) -> None:
     """Draw i→c and c→i of each level; each evaluation has its metrics by "level N (count)"."""
     names = list(evaluations[0])
-    for shift, metric, label in ((-0.2, "delta_i_to_c", "i→c"), (0.2, "delta_c_to_i", "c→i")):
+    for shift, metric, label, color in (
+        (-0.2, "delta_i_to_c", "i→c: corrections", "#009E73"),
+        (0.2, "delta_c_to_i", "c→i: spoilt answers", "#CC79A7"),
+    ):
         heights = [mean(levels[name][metric] for levels in evaluations) for name in names]
-        axis.bar([i + shift for i in range(len(names))], heights, width=0.4, label=label)
+        places = [i + shift for i in range(len(names))]
+        axis.bar(places, heights, width=0.4, label=label, color=color)
     axis.set_xticks(range(len(names)), [name.split()[1] for name in names])
     axis.set_xlabel("level")
     axis.set_ylabel("share of its problems")

@@ -138,6 +138,7 @@ def fit_base(cfg: Config, same_base: bool) -> None:
     folder = Path(cfg.out) / "base"
     wanted = cfg.model == "builtin" and not (same_base and folder.exists())
     if wanted and ranks.rank() == 0:
+        print("making the base model (supervised); then its training by SCoRe begins")
         models.save_checkpoint(folder, *fit_builtin(cfg.seed))
 
 

@@ -89,8 +89,10 @@ def load_model(name: str, precision: str = "float32"):
         )
     except Exception as error:  # whatever a damaged folder or an absent network raises
         reason = first_line(error)
+        known = Path(name).exists()
+        hint = "mend that" if known else "allow the network, or log in by hf auth login"
         raise InputError(
-            f"{name} cannot be loaded ({reason}): mend that, or name another checkpoint"
+            f"{name} cannot be loaded ({reason}): {hint}, or name another checkpoint"
         ) from error
     if loading["missing_keys"] or loading["mismatched_keys"]:
         raise InputError(f"{name} is incomplete, weights are missing: name another checkpoint")
@@ -111,7 +113,7 @@ def check_name(name: str) -> None:
     folder = Path(name)
     if not folder.exists():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise InputError(f"there is no checkpoint folder {name}: correct --model or --init")
+            raise InputError(f"there is no checkpoint folder {name}: correct the path")
         if not ranks.rank():
             print(f"{name} is no folder here: asking the Hugging Face hub", file=sys.stderr)
     elif not (folder / "config.json").exists() or (folder / "metrics.jsonl").exists():

@@ -326,7 +326,9 @@ def reopen_run(typed: dict, stages: dict[str, Stage]) -> tuple:
     record = read_json(folder / "config.json")
     settings, typed = record.get("settings"), with_absolute_paths(typed)
     if settings is None:
-        raise InputError(f"--out {folder} holds no run to resume: leave out --resume to begin one")
+        raise InputError(
+            f"--out {folder} holds no run to resume: name another --out, or leave out --resume"
+        )
     check_version(settings, folder)
     for name in sorted(set(typed) - {"resume", "out", "steps1", "steps2"}):
         before = settings[name]
@@ -465,7 +467,9 @@ def read_run(folder: Path) -> tuple[Run, dict]:
     """The run and what its last save holds; InputError names a damaged file, which is kept."""
     state = state_folder(folder)
     if not state.exists():
-        raise InputError(f"--out {folder} holds no run to resume: leave out --resume to begin one")
+        raise InputError(
+            f"--out {folder} holds no run to resume: name another --out, or leave out --resume"
+        )
     where = read_json(state / "where.json")
     if not {"progress", "stage", "sizes"} <= set(where):
         raise InputError(f"{state / 'where.json'} is incomplete or missing: restore it")

@@ -14,11 +14,11 @@
     (Eq. 4)  max E[ Σᵢ r̂(yᵢ, y*) - β1 KL(π(·|xᵢ) ‖ π_ref(·|xᵢ)) ]
     (bonus)  b̂(y2 | y1, y*) = α (r̂(y2, y*) - r̂(y1, y*)), added to r̂(y2, y*) of Eq. 4
 
-π is the policy, π_ref the frozen base model, y* the true answer. Plain RL learns a better attempt 1
-and then copies it. Stage I holds attempt 1 at the base model, so reward can come only from what
-attempt 2 changes. Stage II trains both; the bonus makes attempt 2 weigh 1 + α times as much.
-Credit is per attempt (γ = 0, appendix A.4): y1 is paid for r1 alone. If it were paid for the whole
-sum r1 + r2 + α (r2 - r1), a right y1 would cost 9 at α = 10.
+π is the policy, π_ref the frozen base model, y* the true answer. Without Stage I and bonus, RL
+improves attempt 1 and then copies it. Stage I holds attempt 1 at the base model, so reward can come
+only from what attempt 2 changes. Stage II trains both; the bonus makes attempt 2 weigh 1 + α times
+as much. Credit is per attempt (γ = 0, appendix A.4): y1 is paid for r1 alone. If it were paid for
+the whole sum r1 + r2 + α (r2 - r1), a right y1 would cost 9 at α = 10.
 
     python score.py                 base model, Stage I and Stage II on column addition, on a CPU
     python score.py --stage 1       Stage I alone; --stage 2 goes on from it; others: section 5
@@ -376,9 +376,9 @@ def first_correction(episodes: list[Episode], metrics: dict, name: str) -> str:
     found = (e for e in episodes if e.attempts[1].reward > e.attempts[0].reward)
     corrected = next(found, None)
     if corrected is None:
-        cut_off, silent = metrics["cut_off"], metrics["unreadable"]
-        shares = f"{cut_off:.0%} of its attempts are cut off, {silent:.0%} state no answer"
-        return f"{name} corrects no held-out problem: {shares}"
+        right, cut_off, silent = (metrics[key] for key in ("acc_t1", "cut_off", "unreadable"))
+        shares = f"{cut_off:.0%} of all attempts are cut off, {silent:.0%} state no answer"
+        return f"{name} corrects no held-out problem; attempt 1 is right in {right:.0%}, {shares}"
     return f"{name} corrects, on a held-out problem:\n{as_text(corrected).rstrip()}"
 
 
@@ -488,7 +488,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"score.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped before any step was made: nothing is lost", file=sys.stderr)
+        print("stopped before the first step: type the same command again", file=sys.stderr)
         return 130
 
 

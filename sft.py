@@ -125,7 +125,7 @@ def fit_builtin(seed: int) -> tuple[Gemma2ForCausalLM, PreTrainedTokenizerFast]:
     rng, problems = random.Random(seed), load_problems("sums", "train")
     optimizer = torch.optim.AdamW(model.parameters(), lr=FIT_LR, weight_decay=0.01)
     plan = [phase for phase in PHASES for _ in range(phase.steps)]
-    bar = tqdm(plan, desc="base", unit="step")
+    bar = tqdm(plan, desc="base model", unit="step")
     for step, phase in enumerate(bar):
         ramp = min(1.0, (step + 1) / FIT_RAMP, (len(plan) - step) / FIT_DECAY)
         optimizer.param_groups[0]["lr"] = FIT_LR * ramp

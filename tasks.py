@@ -370,7 +370,7 @@ def check_task(task: str, **flags: str) -> None:
         if value and flag not in takes:
             takers = " or ".join(name for name in TASKS if flag in TASKS[name].takes)
             raise InputError(
-                f"--{flag} {value} is for --task {takers}: name one of them, or leave out --{flag}"
+                f"--{flag} {value} is for --task {takers}: leave it out, or change --task"
             )
 
 

@@ -1,4 +1,4 @@
-"""When does SCoRe pay? Its gain over direct multi-turn RL, for other base models of the same task.
+"""When does SCoRe pay? Its gain over direct RL, for other base models of the same task.
 
 Two things change. --far of cell.py: how far a slow first attempt sees, which limits acc@t1.
 --right: how often the base model, asked again, gives a right rewrite. `python
@@ -110,8 +110,8 @@ def draw(out: Path, results: dict) -> Path:
         axis.set_xticks(range(len(RIGHTS)), [f"{100 * right:g} %" for right in RIGHTS])
         labels = [f"{by_place[far, RIGHTS[0]]['ceiling']:.2f}" for far in FARS]
         axis.set_yticks(range(len(FARS)), labels)
-        axis.set_xlabel("later attempts of the base's data that are right rewrites")
-        axis.set_ylabel("ceiling of attempt 1")
-        axis.set_title(f"SCoRe less direct RL, in {title}", fontsize=11)
+        axis.set_xlabel("right rewrites among later attempts of the base model's data")
+        axis.set_ylabel("best that attempt 1 can become")
+        axis.set_title(f"{title} of SCoRe minus that of direct RL", fontsize=11)
         axis.tick_params(length=0)
     return write_picture(figure, out / "map.png")

@@ -29,10 +29,10 @@ NAMES = {
     "star+": "STaR, D+",
     "pair": "Pair-SFT, D",
     "pair+": "Pair-SFT, D+",
-    "standard": "standard RL (y2 alone)",
+    "standard": "RL on y2 alone",
     "direct": "direct RL (y1 and y2)",
     "no-stage1": "SCoRe without Stage I",
-    "no-bonus": "SCoRe without bonus",
+    "no-bonus": "SCoRe without the bonus",
     "score": "SCoRe",
 }
 STYLES = {  # colours that everyone can tell apart (Okabe and Ito), and dashes
@@ -136,7 +136,7 @@ def draw_multipliers():
     return figure
 
 
-# --- 2. SFT, plain RL, many attempts -------------------------------------------------------------
+# --- 2. SFT, direct RL, many attempts -------------------------------------------------------------
 
 
 def draw_sft(folders: list[Path]):
@@ -155,8 +155,8 @@ def draw_sft(folders: list[Path]):
     axes[0].legend(frameon=False, loc="upper right")
     names = ("star+", "pair", "pair+", "direct", "score")
     for shift, label, rates, color in (
-        (-0.2, "given: the base's", given, "#56B4E9"),
-        (0.2, "own", own, "#D55E00"),
+        (-0.2, "the base model's", given, "#56B4E9"),
+        (0.2, "its own", own, "#D55E00"),
     ):
         found = [[rates(folder, name) for folder in folders] for name in names]
         middle = list(map(mean, found))
@@ -164,9 +164,10 @@ def draw_sft(folders: list[Path]):
         ends = [[m - min(one) for m, one in zip(middle, found, strict=True)]]
         ends.append([max(one) - m for m, one in zip(middle, found, strict=True)])
         axes[1].bar(places, middle, 0.4, yerr=ends, label=label, color=color, ecolor="0.3")
-    axes[1].set_xticks(range(len(names)), [NAMES[name].replace(" ", "\n", 1) for name in names])
-    axes[1].set_ylabel("wrong first attempts that are corrected")
-    beside(axes[1], title="first attempts")
+    short = [NAMES[name].partition(" (")[0].replace(" ", "\n", 1) for name in names]
+    axes[1].set_xticks(range(len(names)), short)
+    axes[1].set_ylabel("share of wrong y1 that y2 corrects")
+    beside(axes[1], title="attempt 1 (y1)")
     return figure
 
 
@@ -196,7 +197,9 @@ def draw_collapse(folders: list[Path]):
         axes[1].plot(steps, gain, line, color=color, label=NAMES[name], linewidth=2)
     axes[1].axhline(0, color="0.6", linewidth=0.8, zorder=0)
     axes[0].set_ylabel("share of changed answers")
-    axes[1].set_ylabel("what a changed answer gains")
+    axes[1].set_ylabel("(i→c - c→i) / share of changed answers")
+    axes[0].set_title("how many answers attempt 2 changes", fontsize=11)
+    axes[1].set_title("what a changed answer gains", fontsize=11)
     for axis in axes:
         axis.axvline(stage2, color="0.8", zorder=0)
         axis.set_xlabel("step (Stage II begins at the grey line)")
@@ -218,22 +221,29 @@ def draw_attempts(folders: list[Path]):
         found = [read_json(file)["metrics"] for file in files]
         numbers = range(1, 1 + sum(key.startswith("acc_t") for key in found[0]))
         curves = [[metrics[f"acc_t{i}"] for i in numbers] for metrics in found]
-        color, line = STYLES[name]
-        style = {"marker": "o", "markersize": 3}
-        over_seeds(axes[0], numbers, curves, NAMES[name], color, line, **style)
+        means = list(map(mean, zip(*curves, strict=True)))
+        axes[0].plot(numbers, means, color=STYLES[name][0], marker="o", markersize=3)
+        label = NAMES[name].partition(" (")[0]
+        axes[0].text(numbers[-1] + 0.3, means[-1], label, color=STYLES[name][0], va="center")
+    axes[0].set_title("attempts in a row, of models trained for two", fontsize=11)
     axes[0].set_xticks(numbers)
     axes[0].set_xlabel("attempt")
     axes[0].set_ylabel("accuracy")
     axes[0].set_ylim(0, 1.02)
-    beside(axes[0])
     draw_levels(axes[1], [levels_of(folder / "eval-attempts-score") for folder in folders])
-    axes[1].set_xlabel("SCoRe, by level (for sums: columns that a carry runs)")
+    axes[1].set_title("SCoRe: what attempt 2 changes", fontsize=11)
+    axes[1].set_xlabel("level (of a sum: columns that a carry runs)")
     files = [folder / "eval-samples-score" / "scaling.json" for folder in folders]
     lines = [read_json(file)["lines"] for file in files]
     budgets = [line["budget"] for line in lines[0]]
-    for vote, label in (("parallel", "first attempts"), ("sequential", "corrections, of half")):
+    votes = {
+        "parallel": ("first attempts alone", "0.6"),
+        "sequential": ("second attempts (half as many)", "0.1"),
+    }
+    for vote, (label, color) in votes.items():
         means = [mean(line[vote] for line in row) for row in zip(*lines, strict=True)]
-        axes[2].plot(budgets, means, marker="o", label=label)
+        axes[2].plot(budgets, means, marker="o", label=label, color=color)
     label_votes(axes[2], budgets)
-    axes[2].set_xlabel("SCoRe: samples of a problem")
+    axes[2].set_title("SCoRe: votes at equal cost", fontsize=11)
+    axes[2].set_xlabel("attempts at a problem, all counted")
     return figure

@@ -23,8 +23,8 @@ ROWS = {  # by run; base and stage1 are checkpoints of SCoRe's run
     "pair": "Pair-SFT, D",
     "pair+": "Pair-SFT, D+",
     "single": "single-turn RL (no multi-turn training)",
-    "standard": "standard multi-turn RL (y2 alone)",
-    "direct": "direct multi-turn RL (y1 and y2)",
+    "standard": "RL on y2 alone",
+    "direct": "direct RL (y1 and y2)",
     "stage1": "SCoRe after Stage I",
     "score": "**SCoRe**",
     "no-stage1": "SCoRe without Stage I",
@@ -206,7 +206,7 @@ def claims(results: dict) -> str:
         relation = "=" if round(difference, 3) == 0 else ">" if difference > 0 else "<"
         numbers = f"{short(statistics.mean(large))} {relation} {short(statistics.mean(small))}"
         lines.append([claim.words, numbers, short_p(p), verdict])
-    return as_markdown(["in the paper", "here", "p", "so here"], lines)
+    return as_markdown(["claim of the paper", "here", "p-value", "does it hold here?"], lines)
 
 
 def read(name: str) -> dict:

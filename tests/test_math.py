@@ -200,7 +200,10 @@ def test_rows_side_by_side_do_not_change_what_is_sampled(small_gemma):
     ("flags", "words"),
     [
         (["--data", "nowhere"], "--data nowhere"),
-        (["--data", "empty"], "empty needs one file (.jsonl, .jsonl.gz) with train in its name"),
+        (
+            ["--data", "empty"],
+            "empty needs exactly one file (.jsonl, .jsonl.gz) with train in its name",
+        ),
         (["--data", "torn"], "line 2"),
         (["--data", "clash"], "in training and in test"),
         ([], "name a folder of files with --data"),

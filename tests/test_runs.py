@@ -317,7 +317,7 @@ def test_the_control_starts_from_the_base_with_init(checkpoint, tmp_path):
         (["--init", "empty"], "no config.json"),
         (["--model", "empty"], "no config.json"),
         (["--model", "no/such"], "no/such"),
-        (["--model", "/no/such"], "there is no checkpoint folder /no/such: correct --model"),
+        (["--model", "/no/such"], "there is no checkpoint folder /no/such: correct the path"),
         (["--init", "runs/no/such"], "there is no checkpoint folder runs/no/such"),
         (["--init", ""], "--init is empty: give it a value, or leave it out"),
         (["--precision", "int4"], "--precision int4"),

@@ -525,7 +525,7 @@ def test_the_episode_that_is_shown_as_a_correction_is_a_correction():
     right = Attempt([1], [0.0], "no 8 0 1", "8 0 1", True, 1.0)
     kinds = [(wrong, wrong), (right, right), (right, wrong)]
     others = [score.Episode(problem, [1], pair) for pair in kinds]
-    shares = {"cut_off": 0.25, "unreadable": 0.02}
+    shares = {"acc_t1": 1 / 3, "cut_off": 0.25, "unreadable": 0.02}
     corrected = score.Episode(problem, [1], (wrong, right))
     shown = score.first_correction([*others, corrected], shares, "stage2")
     assert shown.splitlines() == [
