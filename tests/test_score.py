@@ -535,5 +535,6 @@ def test_the_episode_that_is_shown_as_a_correction_is_a_correction():
         "  attempt 2  no 8 0 1   right",
     ]
     assert score.first_correction(others, shares, "stage2") == (
-        "stage2 corrects no held-out problem: 25% of its attempts are cut off, 2% state no answer"
+        "stage2 corrects no held-out problem; attempt 1 is right in 33%, "
+        "25% of all attempts are cut off, 2% state no answer"
     )
