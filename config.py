@@ -315,7 +315,7 @@ def as_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def reject(message: str) -> None:
+def raise_input_error(message: str) -> None:
     """Raise argparse's errors as InputError, so that they are one sentence."""
     raise InputError(message)
 
@@ -328,7 +328,7 @@ def help_parser(words: str, examples: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.error = reject
+    parser.error = raise_input_error
     return parser
 
 

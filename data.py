@@ -300,11 +300,13 @@ def read_code(folder: str) -> tuple[dict[int, Problem], tuple[Problem, ...]]:
     else:
         parts = [(HUB_MBPP, "full", part) for part in ("prompt", "test", "validation", "train")]
         mbpp, humaneval = from_hub("code", parts), from_hub("code", [(HUB_HUMANEVAL, "test")])
-    by_number = {int(row["task_id"]): p for row, p in made_of(mbpp, mbpp_problem, folder)}
-    return by_number, tuple(p for _, p in made_of(humaneval, humaneval_problem, folder))
+    by_number = {
+        int(row["task_id"]): p for row, p in rows_with_problems(mbpp, mbpp_problem, folder)
+    }
+    return by_number, tuple(p for _, p in rows_with_problems(humaneval, humaneval_problem, folder))
 
 
-def made_of(rows: list[dict], make, folder: str):
+def rows_with_problems(rows: list[dict], make, folder: str):
     """Yield each row and its problem; InputError names a row with a wrong value."""
     for row in rows:
         try:

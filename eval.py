@@ -181,7 +181,9 @@ def main(argv: list[str] | None = None) -> int:
             if args.plot or args.report:
                 if args.model:
                     raise InputError("--report and --plot evaluate no --model: leave it out")
-                draw = partial(figures.draw, args.plot) if args.plot else partial(write, args)
+                draw = (
+                    partial(figures.draw, args.plot) if args.plot else partial(write_report, args)
+                )
                 print(f"wrote {ranks.on_all_ranks(draw)}")
             elif args.ask is not None:
                 ranks.on_all_ranks(check_flags, args)
@@ -199,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def write(args: Namespace) -> Path:
+def write_report(args: Namespace) -> Path:
     """Write the page of --report into --out, or else into the first folder of --report."""
     return report.write(args.report, args.out or args.report[0])
 

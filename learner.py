@@ -48,8 +48,8 @@ def open_training(typed: dict, stages: dict[str, Stage]) -> tuple[Learner, Run, 
 
 def start_training(typed: dict, stages: dict[str, Stage]) -> tuple[Learner, Run, Progress]:
     """A new run, or Stage II in the folder and with the settings of a finished Stage I."""
-    cfg, plan, run, init, same_base = ranks.on_all_ranks(runs.prepare_run, typed, stages)
-    learner, base = build(cfg, plan, init, same_base)
+    cfg, plan, run, init, reuse_base = ranks.on_all_ranks(runs.prepare_run, typed, stages)
+    learner, base = build(cfg, plan, init, reuse_base)
     ranks.on_all_ranks(check_space, learner, 0, 2)
     if not run.results:
         episodes, metrics = held_out(learner, learner.ref, 0.0)
@@ -70,7 +70,7 @@ def resume_training(typed: dict, stages: dict[str, Stage]) -> tuple[Learner, Run
     """
     cfg, plan, run, where, base = ranks.on_all_ranks(runs.reopen_run, typed, stages)
     progress = Progress(**where["progress"])
-    learner, found = build(cfg, plan, "", same_base=True)
+    learner, found = build(cfg, plan, "", reuse_base=True)
     if found != base:
         ranks.abort(
             f"--model {cfg.model} has other weights than the base of the run in {cfg.out}: "
@@ -107,20 +107,20 @@ def save_training(learner: Learner, run: Run, progress: Progress) -> None:
     runs.write_state(run, tensors, {"progress": asdict(progress), "stage": learner.cfg.stage})
 
 
-def build(cfg: Config, plan: list[Stage], init: str, same_base: bool) -> tuple[Learner, str]:
+def build(cfg: Config, plan: list[Stage], init: str, reuse_base: bool) -> tuple[Learner, str]:
     """The Learner of a run, and the fingerprint of its base model.
 
     The frozen base model is the reference. The policy is the checkpoint `init`, or else a copy of
-    the base model. same_base: if the run folder holds a built-in base model, it is this run's.
+    the base model. reuse_base: if the run folder holds a built-in base model, it is this run's.
     """
     if cfg.lora:
         ranks.on_all_ranks(lora.import_peft)
     policy = None
     if init and not cfg.lora:
         policy = ranks.on_all_ranks(models.load_model, init, cfg.precision)
-    ranks.on_all_ranks(fit_base, cfg, same_base)
+    ranks.on_all_ranks(fit_base, cfg, reuse_base)
     policy, ref, tokenizer = ranks.on_all_ranks(add_reference, policy, cfg, init)
-    chat, problems, longest = ranks.on_all_ranks(questions, cfg, ref, tokenizer)
+    chat, problems, longest = ranks.on_all_ranks(chat_and_problems, cfg, ref, tokenizer)
     base = models.fingerprint(ref)
     full_copy = None if cfg.lora else models.distribute(policy, ref, cfg.precision)
     if cfg.compile:
@@ -133,10 +133,10 @@ def build(cfg: Config, plan: list[Stage], init: str, same_base: bool) -> tuple[L
     return learner, base
 
 
-def fit_base(cfg: Config, same_base: bool) -> None:
-    """Fit the built-in base model; with same_base, use that of the run folder if there is one."""
+def fit_base(cfg: Config, reuse_base: bool) -> None:
+    """Fit the built-in base model; with reuse_base, use that of the run folder if there is one."""
     folder = Path(cfg.out) / "base"
-    wanted = cfg.model == "builtin" and not (same_base and folder.exists())
+    wanted = cfg.model == "builtin" and not (reuse_base and folder.exists())
     if wanted and ranks.rank() == 0:
         print("making the base model (supervised); then its training by SCoRe begins")
         models.save_checkpoint(folder, *fit_builtin(cfg.seed))
@@ -147,7 +147,7 @@ def add_reference(policy, cfg: Config, init: str):
 
     With --lora, both models are on the device, and share the weights of the base model.
     """
-    base = runs.base_in(Path(cfg.out), cfg.model)
+    base = runs.base_of_run(Path(cfg.out), cfg.model)
     ref, tokenizer = models.load_checkpoint(base, cfg.precision)
     ref.requires_grad_(False)
     if cfg.lora:
@@ -167,7 +167,7 @@ def add_reference(policy, cfg: Config, init: str):
     return policy, ref, tokenizer
 
 
-def questions(cfg: Config, model, tokenizer) -> tuple[Chat, list[Problem], int]:
+def chat_and_problems(cfg: Config, model, tokenizer) -> tuple[Chat, list[Problem], int]:
     """The Chat of a model, `askable` problems to train on, and the most tokens of an episode."""
     chat = read_chat(tokenizer, model, cfg.task, wording_of(cfg))
     problems = load_problems(cfg.task, "train", None, cfg.data, cfg.ids, cfg.columns)
@@ -182,7 +182,7 @@ def enter_stage(learner: Learner, folder: Path, index: int, step: int) -> None:
     if stage.reference == "before":
         set_reference(learner, before)
     elif index and plan[index - 1].reference == "before":
-        set_reference(learner, runs.base_in(folder, learner.cfg.model))
+        set_reference(learner, runs.base_of_run(folder, learner.cfg.model))
     if stage.sampler == "before":
         learner.sampler = read_model(learner, before).to(ranks.device())
     first = index
@@ -197,7 +197,7 @@ def checkpoint_before(learner: Learner, folder: Path, index: int) -> str:
     """The checkpoint that the stage of that index goes on from."""
     if index:
         return str(folder / learner.plan[index - 1].folder)
-    return learner.cfg.init or runs.base_in(folder, learner.cfg.model)
+    return learner.cfg.init or runs.base_of_run(folder, learner.cfg.model)
 
 
 def set_reference(learner: Learner, checkpoint: str) -> None:

@@ -27,9 +27,9 @@ from transformers import AutoConfig
 
 import models
 import ranks
-from config import reject
+from config import raise_input_error
 from data import InputError, first_line
-from runs import base_in, disk_errors_explained, locked, read_json
+from runs import base_of_run, disk_errors_explained, locked, read_json
 
 SCALE = 32
 PREFIX = "base_model.model."  # of a weight's name in peft's files
@@ -114,7 +114,7 @@ def base_of(checkpoint: str) -> str:
     run = Path(checkpoint).resolve().parent
     name = read_json(run / "config.json").get("settings", {}).get("model")
     if name:
-        return base_in(run, name)
+        return base_of_run(run, name)
     named = settings_of(checkpoint).base_model_name_or_path if has_adapters(checkpoint) else ""
     return named or checkpoint
 
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=words, allow_abbrev=False)
     parser.add_argument("--merge", required=True, help="checkpoint folder with adapters")
     parser.add_argument("--out", required=True, type=Path, help="new folder for the whole model")
-    parser.error = reject
+    parser.error = raise_input_error
     try:
         args = parser.parse_args(argv)
         with locked(args.out), disk_errors_explained():

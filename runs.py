@@ -285,7 +285,7 @@ def check_version(settings: dict, folder: Path) -> None:
         raise InputError(f"{folder}/config.json is by another version of score.py: use that one")
 
 
-def base_in(folder: Path, model: str) -> str:
+def base_of_run(folder: Path, model: str) -> str:
     """The base model of the run in `folder`; `model` is the run's --model."""
     return str(folder / "base") if model == "builtin" else model
 

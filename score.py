@@ -303,8 +303,8 @@ def update(learner: Learner, episodes: list[Episode], stage: Stage, beta2: float
     cfg, policy, device = replace(learner.cfg, beta2=beta2), learner.policy, learner.policy.device
     rows = [transcript(episode, learner.chat) for episode in episodes]
     r = torch.tensor([[a.reward for a in episode.attempts] for episode in episodes], device=device)
-    siblings = stage.learns_from is None  # traces are no longer in groups of k: no baseline
-    baseline = [leave_one_out(column, cfg.k) for column in r.unbind(dim=1)] if siblings else []
+    grouped = stage.learns_from is None  # traces are no longer in groups of k: no baseline
+    baseline = [leave_one_out(column, cfg.k) for column in r.unbind(dim=1)] if grouped else []
     kls, gaps = [], []  # of this rank's episodes
     policy.train(bool(cfg.recompute))  # activations are recomputed in this mode only; dropout is 0
     # weight: the number of ranks, since FSDP takes the mean of their gradients; 0: a repeated row
@@ -314,7 +314,7 @@ def update(learner: Learner, episodes: list[Episode], stage: Stage, beta2: float
         y = []
         for i in range(r.shape[1]):
             mask = attempt_ids == i + 1  # (B, T)
-            expected = baseline[i][batch] if siblings else None
+            expected = baseline[i][batch] if grouped else None
             y.append(AttemptBatch(r[batch, i], expected, logp * mask, kl * mask))
         if weight and stage.sampler == "policy":
             gaps.append(((logp.detach() - sampled) * (attempt_ids > 0)).abs().max().item())
@@ -331,7 +331,7 @@ def update(learner: Learner, episodes: list[Episode], stage: Stage, beta2: float
     learner.optimizer.zero_grad()  # sampling needs the memory of the gradients
     sums = map(sum, zip(*ranks.all_gather(kls), strict=True))
     metrics = {f"kl_t{i}": total / len(episodes) for i, total in enumerate(sums, start=1)}
-    advantage = (r[:, -1] - baseline[-1]).abs().mean().item() if siblings else 0.0
+    advantage = (r[:, -1] - baseline[-1]).abs().mean().item() if grouped else 0.0
     gap = max(ranks.all_gather([max(gaps, default=0.0)]))
     return metrics | {"advantage": advantage, "grad_norm": norm.item(), "on_policy_gap": gap}
 
@@ -349,17 +349,17 @@ def train(learner: Learner, run: Run, progress: Progress) -> None:
         with tqdm(total=steps, initial=progress.step, desc=stage.folder, unit="step") as bar:
             while progress.step < steps:
                 line = one_step(learner, run, progress, stage)
-                told = max(ranks.all_gather([run.signal]))  # if one rank is to stop, all stop
+                stop = max(ranks.all_gather([run.signal]))  # a signal to one rank stops all
                 bar.update()
                 bar.set_postfix({key: f"{line[key]:.2f}" for key in ("acc_t1", "acc_t2", "copied")})
                 window_full, last = progress.step % cfg.save_every == 0, progress.step == steps
                 # the reward of a short last window is too noisy to choose by
                 if window_full or (last and (steps < cfg.save_every or stage.selected_by is None)):
                     keep_best(learner, run, progress, stage)
-                if window_full or last or told:
+                if window_full or last or stop:
                     save_training(learner, run, progress)
-                if told:
-                    run.signal = told
+                if stop:
+                    run.signal = stop
                     return
         episodes, metrics = leave_stage(learner, run.folder / stage.folder)
         write_held_out(run, stage.folder, episodes)

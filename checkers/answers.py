@@ -18,7 +18,17 @@ from itertools import pairwise
 
 from checkers import expressions as expr
 from checkers.expressions import GREEK, ONE, Number, Unreadable, equal, read_value, read_values
-from checkers.spelling import NOUNS, NUMERALS, OPENING, SCALES, TWISTS, UNITS, closes, depths, tidy
+from checkers.spelling import (
+    NOUNS,
+    NUMERALS,
+    OPENING,
+    SCALES,
+    TWISTS,
+    UNITS,
+    closing_index,
+    depths,
+    tidy,
+)
 
 NESTED, LISTED, JOINED = 20, 32, 16  # at most: nested brackets; items; intervals, sides or rows
 
@@ -96,7 +106,7 @@ def read(text: str, depth: int = 0) -> Answer:
     if depth > NESTED or not text.strip():
         raise Unreadable("empty, or too deep")
     for separators in (",;", "∨"):
-        parts = few(split(text, separators), LISTED)
+        parts = at_most(split(text, separators), LISTED)
         if len(parts) > 1:
             return as_list([read(part, depth + 1) for part in parts], either=separators == "∨")
     return read_item(text.strip(), depth + 1)
@@ -158,14 +168,16 @@ def read_item(text: str, depth: int) -> Answer:
             "reals", combine(first_alone, (EVERYTHING,), intervals(read(found[1], depth)))
         )
     if len(parts := split(re.sub(r"\\cup(?![a-zA-Z])", "∪", text), "∪")) > 1:
-        return Answer("reals", few(i for part in few(parts) for i in set_of(part, depth)))
+        return Answer("reals", at_most(i for part in at_most(parts) for i in set_of(part, depth)))
     if len(parts := split(re.sub(r"\\cap(?![a-zA-Z])", "∩", text), "∩")) > 1:
-        return Answer("reals", combine(all, *(set_of(part, depth) for part in few(parts))))
+        return Answer("reals", combine(all, *(set_of(part, depth) for part in at_most(parts))))
     if len(parts := split(text, "∖")) == 2:
-        return Answer("reals", combine(first_alone, *(few(set_of(part, depth)) for part in parts)))
+        return Answer(
+            "reals", combine(first_alone, *(at_most(set_of(part, depth)) for part in parts))
+        )
     if RELATION.search(MATRIX.sub("", text)):
         return read_relation(text, depth)
-    if text[0] in OPENING and closes(text) == len(text) - 1:
+    if text[0] in OPENING and closing_index(text) == len(text) - 1:
         return read_bracketed(text, depth)
     if MATRIX.search(text):
         return Answer("matrix", read_matrices(text))
@@ -178,14 +190,14 @@ def read_item(text: str, depth: int) -> Answer:
         return read_words(text, depth)
     if len(parts := split(text, ":")) > 1:
         marks = ":" if CLOCK.fullmatch(text) else ""
-        return Answer("ratio", tuple(constant(part) for part in few(parts)), marks=marks)
+        return Answer("ratio", tuple(constant(part) for part in at_most(parts)), marks=marks)
     if found := SCIENTIFIC.fullmatch(text):
         text = f"{found[1]} \\cdot 10^{{{found[2]}}}"
     grouping = thousands(text)
     return read_number("".join(x for at, x in enumerate(text) if at not in grouping))
 
 
-def few(parts, most: int = JOINED) -> tuple:
+def at_most(parts, most: int = JOINED) -> tuple:
     """The parts; Unreadable if there are too many, since each may be compared with each."""
     parts = tuple(parts)
     if len(parts) > most:
@@ -250,7 +262,7 @@ def read_bracketed(text: str, depth: int) -> Answer:
 def read_matrices(text: str) -> tuple:
     """The rows of a matrix, given as a sum of products of matrices with a factor before each."""
     total, product, at = None, None, 0
-    for found in few(MATRIX.finditer(text)):
+    for found in at_most(MATRIX.finditer(text)):
         between, at = text[at : found.start()].strip(), found.end()
         if total is None and product is None:
             factor = between
@@ -260,7 +272,7 @@ def read_matrices(text: str) -> tuple:
         else:
             factor = re.sub(r"^(?:\\cdot|\\times)", "", between).strip()
         factor = factor + "1" if factor in ("", "-") else factor
-        rows = [few(split(row, "&")) for row in few(found[2].split("¶")) if row.strip()]
+        rows = [at_most(split(row, "&")) for row in at_most(found[2].split("¶")) if row.strip()]
         rows = scaled(read_values(factor), [[read_values(cell) for cell in row] for row in rows])
         product = rows if product is None else product_of_matrices(product, rows)
     if text[at:].strip():
@@ -406,7 +418,7 @@ def is_solved(text: str) -> bool:
 def read_relation(text: str, depth: int) -> Answer:
     """name = value, an equation, an inequality, or a chain of them."""
     signs = RELATION.findall(text)
-    sides = few(side.strip() for side in split(RELATION.sub("\0", text), "\0"))
+    sides = at_most(side.strip() for side in split(RELATION.sub("\0", text), "\0"))
     if len(sides) != len(signs) + 1:
         raise Unreadable("a relation within brackets")
     if signs[-1] == "≈" and "≈" not in signs[:-1]:
@@ -429,7 +441,7 @@ def read_approximation(text: str, sides: tuple[str, ...], depth: int) -> Answer:
     if not re.fullmatch(r"-?\d*\.?\d+", near):
         raise Unreadable("no rounded number")
     slack = expr.HALF / 10 ** len(near.partition(".")[2])
-    if expr.below(slack, expr.size(expr.add(constant(exact), -constant(near)))):
+    if expr.below(slack, expr.magnitude(expr.add(constant(exact), -constant(near)))):
         raise Unreadable("two answers")
     return read(text.rpartition("≈")[0], depth)
 

@@ -47,7 +47,7 @@ class Unreadable(ValueError):
 # --- 1. Numbers -------------------------------------------------------------------------------
 
 
-def settle(z) -> Number:
+def within_bounds(z) -> Number:
     """The number itself; Unreadable if it is not finite, or too large or too small."""
     if isinstance(z, Fraction):
         if max(z.numerator.bit_length(), z.denominator.bit_length()) > BITS:
@@ -92,20 +92,20 @@ def below(x: Number, y: Number) -> bool:
 
 def add(x: Number, y: Number) -> Number:
     if isinstance(x, Fraction) and isinstance(y, Fraction):
-        return settle(x + y)
+        return within_bounds(x + y)
     x, y = inexact(x), inexact(y)
     total, larger = x + y, max(abs(x), abs(y))
     if abs(total) <= ZERO * larger:
         return Fraction(0)
     if min(abs(total), abs(x) or larger, abs(y) or larger) < CLOSE * larger:
         raise Unreadable("so unlike in size that digits are lost")
-    return settle(total)
+    return within_bounds(total)
 
 
 def multiply(x: Number, y: Number) -> Number:
     if isinstance(x, Fraction) and isinstance(y, Fraction):
-        return settle(x * y)
-    return settle(inexact(x) * inexact(y))
+        return within_bounds(x * y)
+    return within_bounds(inexact(x) * inexact(y))
 
 
 def divide(x: Number, y: Number) -> Number:
@@ -128,13 +128,13 @@ def power(base: Number, exponent: Number) -> Number:
                 bits = max(exact.numerator.bit_length(), exact.denominator.bit_length())
                 if bits * abs(whole) > 2 * BITS and exact not in (0, 1, -1):
                     raise Unreadable("too large a power")
-                return settle(exact**whole)
+                return within_bounds(exact**whole)
         if root > 1 and root % 2 and is_real(base) and inexact(base).real < 0:
             positive = power(-base, exponent)
             return positive if whole % 2 == 0 else -positive
     if abs(inexact(exponent)) > FACTORIAL or base == 0:
         raise Unreadable("too large a power")
-    return settle(MP.exp(inexact(exponent) * MP.ln(inexact(base))))
+    return within_bounds(MP.exp(inexact(exponent) * MP.ln(inexact(base))))
 
 
 def exact_root(x: Fraction, degree: int) -> Fraction | None:
@@ -159,14 +159,14 @@ def factorial(n: Number) -> Number:
         if not 0 <= n <= FACTORIAL:
             raise Unreadable("no factorial, or too large a one")
         return Fraction(math.factorial(int(n)))
-    return settle(MP.mpc(MP.gamma(inexact(n + 1).real)))
+    return within_bounds(MP.mpc(MP.gamma(inexact(n + 1).real)))
 
 
 def binomial(n: Number, k: Number) -> Number:
     return divide(factorial(n), multiply(factorial(k), factorial(add(n, -k))))
 
 
-def rounded(x: Number, up: bool) -> Fraction:
+def floor_or_ceiling(x: Number, up: bool) -> Fraction:
     if not is_real(x):
         raise Unreadable("no real number")
     if isinstance(x, Fraction):
@@ -177,8 +177,8 @@ def rounded(x: Number, up: bool) -> Fraction:
     return Fraction(int(MP.ceil(x.real) if up else MP.floor(x.real)))
 
 
-def size(x: Number) -> Number:
-    return abs(x) if isinstance(x, Fraction) else settle(MP.mpc(abs(x)))
+def magnitude(x: Number) -> Number:
+    return abs(x) if isinstance(x, Fraction) else within_bounds(MP.mpc(abs(x)))
 
 
 # Only functions that leave MP's precision as it is: others raise it for a while, in all threads.
@@ -200,7 +200,7 @@ def apply(name: str, x: Number) -> Number:
         raise Unreadable("too near to pi/2")
     if name in ("tan", "sec", "csc", "cot") and abs(value) > 10**40:
         raise Unreadable("a pole")
-    return settle(value)
+    return within_bounds(value)
 
 
 def variable(name: str, point: int) -> Fraction:
@@ -227,15 +227,25 @@ class Algebra:
     power: Callable
     factorial: Callable
     binomial: Callable
-    rounded: Callable
-    size: Callable
+    floor_or_ceiling: Callable
+    magnitude: Callable
     apply: Callable
     variable: Callable
 
 
 def numbers(point: int) -> Algebra:
     """The algebra of numbers, in which variables have their values at a point."""
-    functions = (add, multiply, divide, power, factorial, binomial, rounded, size, apply)
+    functions = (
+        add,
+        multiply,
+        divide,
+        power,
+        factorial,
+        binomial,
+        floor_or_ceiling,
+        magnitude,
+        apply,
+    )
     return Algebra(*functions, variable=partial(variable, point=point))
 
 
@@ -424,9 +434,9 @@ class Reader:
         if not self.take(CLOSING[opening]):
             raise Unreadable("not closed")
         if opening == "|":
-            return self.algebra.size(value)
+            return self.algebra.magnitude(value)
         if opening.startswith("\\"):
-            return self.algebra.rounded(value, up=opening == r"\lceil")
+            return self.algebra.floor_or_ceiling(value, up=opening == r"\lceil")
         return value
 
     def argument(self) -> Number:
@@ -523,7 +533,7 @@ class Reader:
         outside, self.degrees = self.degrees, False  # None outside of functions
         value = self.postfixed() if self.sees("(") else self.side_by_side()
         if self.degrees:
-            value = self.algebra.multiply(value, settle(MP.mpc(MP.pi) / 180))
+            value = self.algebra.multiply(value, within_bounds(MP.mpc(MP.pi) / 180))
         self.degrees = outside
         result = self.algebra.apply("ln" if base is not None else name, value)
         if base is not None:

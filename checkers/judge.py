@@ -180,7 +180,7 @@ def become(argument: list | dict | set, value) -> None:
     argument.extend(value) if isinstance(value, list) else argument.update(value)
 
 
-def passes(candidate: socket.socket, program: str, tests: ast.Module) -> None:
+def run_tests(candidate: socket.socket, program: str, tests: ast.Module) -> None:
     """Run a program in the candidate and the tests here; raises whatever goes wrong."""
 
     def name_of(value) -> str | int:  # an argument that is no data is the program's or a builtin
@@ -217,7 +217,7 @@ def verdict(control: socket.socket, program: str, tests: list[str], timeout: flo
     try:
         signal.setitimer(signal.ITIMER_PROF, wall + 1)  # ends this process in an endless C loop
         signal.setitimer(signal.ITIMER_REAL, wall, 1.0)  # again each second: a test may catch it
-        passes(ours, program, tree)
+        run_tests(ours, program, tree)
         signal.setitimer(signal.ITIMER_REAL, 0)
         passed = time.monotonic() < end
     except BaseException:  # the alarm, too

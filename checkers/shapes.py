@@ -20,7 +20,7 @@ from checkers.spelling import tidy
 
 ZERO = Fraction(0)
 PLAIN = re.compile(r"[\s({]*-?\s*(?:\\?[A-Za-z]+(?:_\w)?|[\d.]+(?:_\w+)?)[\s)}]*")  # 5, x, \pi
-JOINED = re.compile(r"\\begin|\\cup|\\cap|[∪∩]")
+SHAPELESS = re.compile(r"\\begin|\\cup|\\cap|[∪∩]")
 CHUNK = re.compile(r"[,;∨=<>≤≥≠≈:&¶⦃⦄]|\\(?:cup|cap|in)(?![a-z])|«[^»]*»")
 
 
@@ -125,8 +125,8 @@ SHAPES = Algebra(
     power=power,
     factorial=function("!"),
     binomial=function("binomial"),
-    rounded=function("rounded"),
-    size=function("size"),
+    floor_or_ceiling=function("floor_or_ceiling"),
+    magnitude=function("magnitude"),
     apply=apply,
     variable=lambda name: Shape("variable", (name,)),
 )
@@ -159,7 +159,7 @@ def is_copy(stated: str, gold: str, question: list[str]) -> bool:
     One part is enough if it is worth the answer, as in 2 (55^2 - 45^2) / 2. Plain numbers and names
     are no copies. Matrices and unions of sets have no shape: they are compared letter by letter.
     """
-    letters = squeezed(stated) if JOINED.search(stated) else ""
+    letters = squeezed(stated) if SHAPELESS.search(stated) else ""
     if letters and letters != squeezed(gold) and letters in map(squeezed, question):
         return True
     asked = {part[0] for formula in question for _, parts in readings(formula) for part in parts}

@@ -162,8 +162,8 @@ def depths(text: str, opening: str = OPENING, closing: str = CLOSING) -> list[in
     return list(accumulate((letter in opening) - (letter in closing) for letter in text))
 
 
-def closes(text: str) -> int:
-    """Where the bracket that opens the text closes."""
+def closing_index(text: str) -> int:
+    """Where the bracket that opens the text closing_index."""
     return next((at for at, depth in enumerate(depths(text)) if not depth), -1)
 
 
@@ -176,7 +176,7 @@ def tidy(text: str) -> str:
     text = CASES.sub(lambda found: found[1].replace("¶", ","), text)
     text = RUN.sub(spell_run, TEXT.sub(spell_text, text))
     text = trim(re.sub(r",(\s*,)+", ",", text))
-    while text[:1] + text[-1:] == "{}" and closes(text) == len(text) - 1:
+    while text[:1] + text[-1:] == "{}" and closing_index(text) == len(text) - 1:
         text = trim(text[1:-1])
     return text
 

@@ -29,7 +29,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import runs  # noqa: E402
-from config import Config, as_flag, check_settings, configure, parse_train_flags, plan_of, reject  # noqa: E402
+from config import (  # noqa: E402
+    Config,
+    as_flag,
+    check_settings,
+    configure,
+    parse_train_flags,
+    plan_of,
+    raise_input_error,
+)
 from data import InputError  # noqa: E402
 from experiments import landscape, pictures  # noqa: E402
 from experiments.jobs import Job, do_all, launch  # noqa: E402
@@ -71,7 +79,7 @@ ASKING = 150  # about so many tokens ask for one more attempt
 def model_of(folder: Path, name: str, model: str) -> str:
     """The checkpoint of a run of one seed, whose folder this is; "base" is the base model."""
     if name == "base":
-        return runs.base_in(folder / "score", model)
+        return runs.base_of_run(folder / "score", model)
     return str(folder / name / TRAINED[name][1])
 
 
@@ -177,7 +185,7 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, dict, list[
     parser.add_argument("--map", action="store_true", help="SCoRe minus direct RL, by base model")
     words = "GPUs of each run, by torchrun"
     parser.add_argument("--nproc-per-node", type=int, default=0, metavar="N", help=words)
-    parser.error = reject
+    parser.error = raise_input_error
     args, given = parser.parse_known_args(argv)
     typed = parse_train_flags(__doc__, given)
     ours = {"stage", "out", "seed", "init", "alpha", "beta2", "adaptive_beta2", "offline"}

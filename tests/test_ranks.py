@@ -164,7 +164,7 @@ def test_one_process_resumes_what_two_left(preempted, pair, tmp_path):
 def test_one_process_reads_exactly_what_two_ranks_saved(preempted):
     saved = read_state(preempted)
     cfg = configure({**json.loads((preempted / "config.json").read_text())["settings"]})
-    learner, _ = build(cfg, [], "", same_base=True)
+    learner, _ = build(cfg, [], "", reuse_base=True)
     tensors = models.state_of(learner.policy, learner.optimizer)
     ranks.load_sharded(tensors, preempted / "state")
     for name, weight in learner.policy.named_parameters():
