@@ -87,7 +87,8 @@ class Config:
         "episodes in an update, k of each problem; Table 8 has 512 for MATH, the unit NOT STATED",
     )
     k: int = flag(
-        8, "samples of each problem, at least 2; NOT STATED, the paper on RLOO has 2 and 4"
+        8,
+        "samples of each problem, at least 2; NOT STATED, RLOO (Ahmadian et al. 2024) has 2 and 4",
     )
     lr: float = flag(
         5e-4,
@@ -110,7 +111,9 @@ class Config:
         1.0, "temperature at which the policy is sampled and scored; as in Table 8"
     )
     offline: float = flag(
-        0.0, "share of problems whose attempt 1 is sampled from the base model (section 5.3)"
+        0.0,
+        "share of problems, 0 to 1, whose attempt 1 is the base model's, not the policy's (section "
+        "5.3)",
     )
     clip: float = flag(1.0, "largest norm of a gradient; NOT STATED, 1 is usual")
     max_new_tokens: int = flag(10, "longest attempt, in tokens; NOT STATED, a sum needs 9")
@@ -119,11 +122,12 @@ class Config:
         "float32", "precision of the weights: float32, or bfloat16 (Adam then has a float32 copy)"
     )
     rows: int = flag(
-        500, "episodes sampled at the same time; more need more memory, the result stays the same"
+        500,
+        "episodes sampled at the same time; more need more memory and change rounding only",
     )
     micro_tokens: int = flag(
         16384,
-        "tokens in a forward pass of training; more need more memory, the result stays the same",
+        "tokens in a forward pass of training; more need more memory and change rounding only",
     )
     recompute: int = flag(
         0, "1: compute activations again in backward, instead of keeping them; it saves memory"
@@ -340,16 +344,24 @@ def parse_train_flags(words: str, argv: list[str] | None = None) -> dict:
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
         for item in map(known.pop, names.split()):
-            others = {task: settings_of(task).get(item.name, item.default) for task in TASKS}
-            of_task = "".join(f", {task}: {x}" for task, x in others.items() if x != item.default)
-            default = "none" if item.default == "" else item.default
-            text = f"{item.metadata['help']} (default: {default}{of_task})"
+            text = f"{item.metadata['help']} (default: {defaults_of(item)})"
             kind = {"help": text.replace("%", "%%"), **kind_of(item)}
             if item.default is False:
                 kind = {"help": item.metadata["help"], "action": "store_true"}
             group.add_argument(as_flag(item.name), default=argparse.SUPPRESS, **kind)
     assert not known, f"in no group: {known}"
     return parsed(parser, argv)
+
+
+def defaults_of(item) -> str:
+    """The default of a setting, for tasks that differ with their names."""
+    tasks: dict[object, list[str]] = {}
+    for task in TASKS:
+        tasks.setdefault(settings_of(task).get(item.name, item.default), []).append(task)
+    texts = {default: "none" if default == "" else f"{default}" for default in tasks}
+    if len(tasks) == 1:
+        return texts[item.default]
+    return "; ".join(f"{', '.join(tasks[default])} {texts[default]}" for default in tasks)
 
 
 def kind_of(item) -> dict:
@@ -392,8 +404,7 @@ def eval_parser(words: str) -> argparse.ArgumentParser:
             kind = {"default": argparse.SUPPRESS, **kind_of(item)}
             usual = "as in the run"
             if item.name in ATTEMPT_FLAGS:
-                of_task = (f"{task}: {getattr(TASKS[task], item.name)}" for task in TASKS)
-                usual += f"; without one {', '.join(of_task)}"
+                usual += f"; without a run {defaults_of(item)}"
             group = how if item.name in ATTEMPT_FLAGS else asked
             group.add_argument(as_flag(item.name), help=f"{words} (default: {usual})", **kind)
     words = "which problems: test, or mbpp with --task code (default: test)"
