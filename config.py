@@ -116,8 +116,12 @@ class Config:
         "5.3)",
     )
     clip: float = flag(1.0, "largest norm of a gradient; NOT STATED, 1 is usual")
-    max_new_tokens: int = flag(10, "longest attempt, in tokens; NOT STATED, a sum needs 9")
-    lora: int = flag(0, "rank of LoRA adapters; 0 trains all weights, as the paper does")
+    max_new_tokens: int = flag(
+        10, "longest attempt, in tokens, which time and memory grow with; NOT STATED, a sum needs 9"
+    )
+    lora: int = flag(
+        0, "rank of LoRA adapters, such as 16; 0 trains all weights, as the paper does"
+    )
     precision: str = flag(
         "float32", "precision of the weights: float32, or bfloat16 (Adam then has a float32 copy)"
     )
@@ -412,9 +416,9 @@ def eval_parser(words: str) -> argparse.ArgumentParser:
     how.add_argument("--attempts", type=int, default=2, help="attempts at a problem (default: 2)")
     words = f"temperature of sampling (default: 0, greedy; with --samples {VOTES_TEMPERATURE})"
     how.add_argument("--temperature", type=float, help=words)
-    words = "random seed of sampling, at a temperature above 0 (default: eval)"
+    words = "random seed of sampling at a temperature above 0: a number or any word (default: eval)"
     how.add_argument("--seed", default="eval", help=words)
-    other.add_argument("--ask", metavar="QUESTION", help="print attempts at this question")
+    other.add_argument("--ask", metavar="QUESTION", help="print greedy attempts at this question")
     words = (
         "correct wrong first attempts that are given: by a JSONL file (id and "
         "attempts as in transcripts.jsonl, or task_id and program) or, without FILE, by the base "
@@ -422,17 +426,19 @@ def eval_parser(words: str) -> argparse.ArgumentParser:
     )
     other.add_argument("--repair", nargs="?", const="", metavar="FILE", help=words)
     words = (
-        "majority votes of 2, 4 .. 2 SAMPLES attempts at a problem: of first attempts only, or "
-        "of second ones (half as many, since each needs a first one)"
+        "compare majority votes at equal cost, for n = 1, 2, 4 .. SAMPLES: of 2n first attempts, "
+        "or of n second attempts (each needs a first one, too)"
     )
     other.add_argument("--samples", type=int, default=0, help=words)
     words = "Self-Refine: ask for feedback on attempt 1, and then for attempt 2"
     other.add_argument("--refine", action="store_true", help=words)
     words = "folder to write to (default: RUN/eval/STAGE for the checkpoint RUN/STAGE)"
     files.add_argument("--out", type=folder, help=words)
-    words = "write one HTML page on a run or an evaluation, or on two of them side by side"
+    words = (
+        "write FOLDER/report.html, a page on a run or an evaluation, or on two of them side by side"
+    )
     files.add_argument("--report", type=folder, nargs="+", metavar="FOLDER", help=words)
-    words = "draw the pictures of a run or an evaluation"
+    words = "draw the pictures of a run or an evaluation, into that folder"
     files.add_argument("--plot", type=folder, metavar="FOLDER", help=words)
     return parser
 

@@ -137,8 +137,8 @@ def check_splits(splits: dict[str, tuple[Problem, ...]], source: str) -> None:
     clashes = [p.question for p in splits["test"] if words(p.question) in trained_on]
     if clashes:
         raise InputError(
-            f"{source}: {len(clashes)} problems are in training and in test, such as "
-            f'"{clashes[0][:60]}": take them out of the training file, or name another --data'
+            f"{source}: of the test problems, {len(clashes)} are in training, too, such as "
+            f'"{clashes[0][:60]}": take them out of one of both'
         )
 
 

@@ -22,6 +22,7 @@ import sys
 
 from config import (
     COLDEST,
+    Config,
     as_flag,
     check_precision,
     exit_early,
@@ -44,7 +45,14 @@ import report
 from data import InputError, Problem, read_jsonl
 from lora import base_of, load_checkpoint, whole_of
 from metrics import as_table, by_group, evaluate, intervals, measure
-from runs import as_words, disk_errors_explained, locked, read_json, write_atomically
+from runs import (
+    as_words,
+    changed_inputs,
+    disk_errors_explained,
+    locked,
+    read_json,
+    write_atomically,
+)
 from sample import Attempt, Episode, Sampling, askable, check_sampling, rollout
 from tasks import (
     Chat,
@@ -178,6 +186,7 @@ def main(argv: list[str] | None = None) -> int:
             settings = {name: x for name, x in args.as_in_run.items() if name not in unused}
             if settings:
                 print(f"asked as in the run:{as_words(settings)}", file=sys.stderr)
+                warn_of_changes(args)
             if args.plot or args.report:
                 if args.model:
                     raise InputError("--report and --plot evaluate no --model: leave it out")
@@ -199,6 +208,17 @@ def main(argv: list[str] | None = None) -> int:
         print("stopped: nothing was written", file=sys.stderr)
         return 130
     return 0
+
+
+def warn_of_changes(args: Namespace) -> None:
+    """Say which file or data set of the run, if the model is asked as there, has changed since."""
+    record = read_json(Path(args.model).absolute().parent / "config.json")
+    if set(record["settings"]) != set(vars(Config())):  # another version wrote it
+        return
+    unused = {name: "" for name in ("prompt", "correction", "data") if name not in args.as_in_run}
+    cfg = Config(**record["settings"] | unused)
+    for name in changed_inputs(cfg, record.get("inputs", {})):
+        print(f"but --{name} {getattr(cfg, name)} has changed since the run", file=sys.stderr)
 
 
 def write_report(args: Namespace) -> Path:

@@ -112,6 +112,13 @@ def check_name(name: str) -> None:
     """Raise InputError for a folder that is no checkpoint; print it if the hub will be asked."""
     folder = Path(name)
     if not folder.exists():
+        run = folder.parent
+        if (run / "metrics.jsonl").exists():
+            found = ", ".join(sorted(path.parent.name for path in run.glob("*/config.json")))
+            raise InputError(
+                f"the run {run} has no {folder.name} yet, only {found or 'its logs'}: go on "
+                f"with it by python score.py --resume --out {run}"
+            )
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise InputError(f"there is no checkpoint folder {name}: correct the path")
         if not ranks.rank():

@@ -44,7 +44,7 @@ from config import (
     plan_of,
     with_absolute_paths,
 )
-from data import InputError
+from data import InputError, check_splits
 from models import replace_folder
 from tasks import check_task, load_problems
 
@@ -302,6 +302,9 @@ def prepare_run(typed: dict, stages: dict[str, Stage]) -> tuple:
     if cfg.tensorboard:
         tensorboard_writer()
     load_problems(cfg.task, "train", 1, cfg.data, cfg.ids, cfg.columns)  # before any model
+    if cfg.task.endswith(".py"):
+        splits = {split: load_problems(cfg.task, split, None) for split in ("train", "test")}
+        check_splits(splits, f"--task {cfg.task}")
     init = cfg.init
     if followed:
         if not typed.keys() & {"data", "columns", "ids", "prompt", "correction"}:
@@ -354,12 +357,16 @@ def reopen_run(typed: dict, stages: dict[str, Stage]) -> tuple:
 
 def check_inputs(cfg: Config, before: dict[str, str]) -> None:
     """Raise InputError if a file or data set that a flag names has changed since the run began."""
-    for name, digest in digests(cfg).items():
-        if digest != before.get(name):
-            raise InputError(
-                f"--{name} {getattr(cfg, name)} has changed since the run in {cfg.out} began: "
-                "restore it, or begin a new run"
-            )
+    for name in changed_inputs(cfg, before):
+        raise InputError(
+            f"--{name} {getattr(cfg, name)} has changed since the run in {cfg.out} began: "
+            "restore it, or begin a new run"
+        )
+
+
+def changed_inputs(cfg: Config, before: dict[str, str]) -> list[str]:
+    """The flags that name a file or data set with another digest than `before`."""
+    return [name for name, digest in digests(cfg).items() if digest != before.get(name)]
 
 
 def check_more_steps(settings: dict, cfg: Config, plan: list[Stage], progress: dict) -> None:
@@ -407,8 +414,9 @@ def digests(cfg: Config) -> dict[str, str]:
     texts |= {"task": cfg.task} if cfg.task.endswith(".py") else {}
     found = {name: Path(path).read_bytes() for name, path in texts.items() if path}
     if cfg.data:
-        problems = load_problems(cfg.task, "train", None, cfg.data, cfg.ids, cfg.columns)
-        found["data"] = json.dumps([(p.question, p.answer) for p in problems]).encode()
+        named = cfg.data, cfg.ids, cfg.columns
+        splits = [load_problems(cfg.task, split, None, *named) for split in ("train", "test")]
+        found["data"] = json.dumps([(p.question, p.answer) for p in sum(splits, ())]).encode()
     return {name: hashlib.blake2b(x, digest_size=8).hexdigest() for name, x in found.items()}
 
 

@@ -26,8 +26,8 @@ the whole sum r1 + r2 + α (r2 - r1), a right y1 would cost 9 at α = 10.
                                     with --lora 16 --rows 32 (lora.py), 24 GB are enough
     torchrun --nproc_per_node=8 score.py ...     the same on 8 GPUs (ranks.py)
 
-Left out: a value model (siblings are the baseline), PPO's ratio and clipping (one update per batch:
-the ratio is 1), dividing by length or by the rewards' spread (cancels α). Next to read: config.py.
+Left out: a value model (siblings are the baseline), PPO's clipping (each batch is used once),
+division by length (favours short answers) or by the rewards' spread (cancels α). Next: config.py.
 """
 
 import json
@@ -85,7 +85,7 @@ def bonus(r1: torch.Tensor, r2: torch.Tensor, alpha: float) -> torch.Tensor:
 def leave_one_out(r: torch.Tensor, k: int) -> torch.Tensor:
     """Mean reward of an episode's k - 1 siblings (RLOO, Ahmadian et al. 2024); (B,) -> (B,).
 
-    An episode's own reward is left out: a baseline that knew the action would bias the gradient.
+    An episode's own reward is left out: a baseline that depends on the sample biases the gradient.
     """
     assert r.dim() == 1 and k >= 2 and len(r) % k == 0
     groups = r.view(-1, k)
@@ -135,9 +135,9 @@ def kl_penalty(attempt: AttemptBatch) -> torch.Tensor:
 
 
 # --- 4. The objectives -----------------------------------------------------------------------
-# They are maximised. The loss is no learning curve: only its gradient means something. It is the
-# equation's, with y1 held fixed in the terms of y2. y holds two attempts, or three; then y3 relates
-# to y2 as y2 does to y1 (A.1).
+# They are maximised. Their gradient is that of the equation, where y1 is given in all terms of y2.
+# Their value means nothing: the loss is no learning curve. With three attempts (A.1), each is to
+# the attempt before it as y2 is to y1.
 
 
 def stage1_objective(y: list[AttemptBatch], beta1: float, beta2: float) -> torch.Tensor:
@@ -145,7 +145,7 @@ def stage1_objective(y: list[AttemptBatch], beta1: float, beta2: float) -> torch
 
     y1 earns nothing: it is only held at the base model.
     """
-    *earlier, y2 = y
+    *earlier, y2 = y  # Stage I(b) has three attempts: there y2 is the third
     advantage2 = y2.r - y2.baseline
     return (
         reinforce(y2, advantage2)
@@ -307,7 +307,7 @@ def update(learner: Learner, episodes: list[Episode], stage: Stage, beta2: float
     baseline = [leave_one_out(column, cfg.k) for column in r.unbind(dim=1)] if grouped else []
     kls, gaps = [], []  # of this rank's episodes
     policy.train(bool(cfg.recompute))  # activations are recomputed in this mode only; dropout is 0
-    # weight: the number of ranks, since FSDP takes the mean of their gradients; 0: a repeated row
+    # weight: 1 on one GPU; on many their number, since FSDP averages gradients; 0: a repeated row
     for batch, weight in ranks.local_micro_batches(list(map(len, rows)), cfg.micro_tokens):
         tokens, attempt_ids, sampled, places = collate([rows[i] for i in batch], device)
         logp, kl = log_probs_and_kl(learner, tokens, places)

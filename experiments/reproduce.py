@@ -38,13 +38,13 @@ from config import (  # noqa: E402
     plan_of,
     raise_input_error,
 )
-from data import InputError  # noqa: E402
+from data import InputError, read_jsonl  # noqa: E402
 from experiments import landscape, pictures  # noqa: E402
 from experiments.jobs import Job, do_all, launch  # noqa: E402
-from experiments.tables import COLUMNS, ROWS, claims, summary, table  # noqa: E402
+from experiments.tables import COLUMNS, ROWS, claims, rewrites, summary, table  # noqa: E402
 from figures import canvas  # noqa: E402
 from score import STAGES  # noqa: E402
-from tasks import ATTEMPT_FLAGS  # noqa: E402
+from tasks import ATTEMPT_FLAGS, find_task  # noqa: E402
 
 # --- 1. The grid ---------------------------------------------------------------------------------
 # {base} and {stage1} are checkpoints of SCoRe's run of the same seed; {all} counts its updates.
@@ -67,7 +67,7 @@ EVALUATED = {  # kind: flags of eval.py, the runs whose last checkpoint it is fo
     "refine": ("--refine", ("base",), "metrics.json"),
     "attempts": (
         "--attempts {attempts}",
-        ("base", "star+", "pair", "direct", "score"),
+        ("base", "stage1", "star+", "pair", "direct", "score"),
         "metrics.json",
     ),
     "repair": ("--repair", ("star+", "pair", "pair+", "direct", "score"), "metrics.json"),
@@ -77,9 +77,11 @@ ASKING = 150  # about so many tokens ask for one more attempt
 
 
 def model_of(folder: Path, name: str, model: str) -> str:
-    """The checkpoint of a run of one seed, whose folder this is; "base" is the base model."""
+    """The checkpoint of a run of one seed, whose folder this is; or "base", or "stage1"."""
     if name == "base":
         return runs.base_of_run(folder / "score", model)
+    if name == "stage1":
+        return str(folder / "score" / "stage1")
     return str(folder / name / TRAINED[name][1])
 
 
@@ -110,7 +112,7 @@ def plan(
         folder = out / f"seed-{seed}"
         names = {
             "base": model_of(folder, "base", cfg.model),
-            "stage1": folder / "score" / "stage1",
+            "stage1": model_of(folder, "stage1", cfg.model),
             "all": steps,
             "third": -(-steps // 3),
             "end": -(-cfg.steps2 // 3),
@@ -158,9 +160,24 @@ def collect(out: Path, seeds: list[int], settings: dict) -> dict:
         if name in rows and (folders[0] / f"eval-repair-{name}").exists():
             rows[name]["given"] = [pictures.given(folder, name) for folder in folders]
             rows[name]["own"] = [pictures.own(folder, name) for folder in folders]
+    for name in EVALUATED["attempts"][1]:
+        if name in rows and (folders[0] / f"eval-attempts-{name}").exists():
+            for right, column in ((1, "rewritten of right"), (0, "rewritten of wrong")):
+                rows[name][column] = [rewritten(folder, name, right) for folder in folders]
     lines = [runs.read_log(folder / "score" / "metrics.jsonl") for folder in folders]
     ends = {name: [last_fifth(one, name) for one in lines] for name in ("acc_t1", "acc_t2")}
     return {"settings": settings, "seeds": seeds, "rows": rows, "moved at the end": ends}
+
+
+def rewritten(folder: Path, name: str, right: int) -> float:
+    """Share of right (or of wrong) first attempts after which attempt 2 does not keep the answer.
+
+    A rewrite may state the same answer again. Where a task has no word for keeping, it always may.
+    """
+    rows = read_jsonl(folder / f"eval-attempts-{name}" / "transcripts.jsonl")
+    keeps = find_task(rows[0]["task"]).keeps
+    of_kind = [row["attempts"] for row in rows if row["attempts"][0]["reward"] == right]
+    return sum(second["text"] != keeps for _, second, *_ in of_kind) / max(1, len(of_kind))
 
 
 def last_fifth(lines: list[dict], name: str) -> float:
@@ -262,6 +279,7 @@ def go(args: argparse.Namespace, typed: dict, given: list[str]) -> None:
         tables = {"table.md": table(results)}
         if not args.only:
             tables |= {"summary.md": summary(results), "claims.md": claims(results)}
+            tables["rewrites.md"] = rewrites(results)
     runs.write_atomically(args.out / "results.json", json.dumps(results, indent=1))
     for name, text in tables.items():
         runs.write_atomically(args.out / name, text)

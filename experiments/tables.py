@@ -120,6 +120,18 @@ def summary(results: dict, elsewhere: list[dict] = ()) -> str:
     return as_markdown(["", "acc@t1", "acc@t2", "delta"], lines)
 
 
+def rewrites(results: dict) -> str:
+    """How often attempt 2 rewrites right and wrong first attempts, and how often answers change."""
+    lines = []
+    for name, row in results["rows"].items():
+        if "rewritten of right" in row:
+            parts = [row["rewritten of right"], row["rewritten of wrong"]]
+            parts.append([1 - copied for copied in row["copied"]])
+            lines.append([ROWS[name], *map(mean_and_range, parts)])
+    heads = ["", "rewritten, of right y1", "rewritten, of wrong y1", "answers changed"]
+    return as_markdown(heads, lines)
+
+
 def rounding(results: dict, elsewhere: dict[str, dict]) -> str:
     """SCoRe's row for some seeds: as in the table, and computed in the ways in `elsewhere`."""
     columns, lines = ("acc_t1", "acc_t2", "delta"), []
@@ -218,7 +230,7 @@ def main() -> None:
     results = read("results")
     elsewhere = {words: read(name) for name, words in ELSEWHERE.items()}
     others = [*elsewhere.values(), read(DEFAULT)]
-    tables = (summary(results, others), claims(results), table(results))
+    tables = (summary(results, others), claims(results), table(results), rewrites(results))
     print(*tables, rounding(results, elsewhere), sep="\n", end="")
 
 

@@ -187,7 +187,7 @@ def test_an_answer_is_the_solutions_last_box_where_none_is_given(rows):
 def test_a_problem_in_both_splits_is_found_even_if_its_spaces_differ(tmp_path, rows):
     twin = {**rows["test"][0], "problem": "  " + rows["test"][0]["problem"].replace(" ", "\n ")}
     folder = write(tmp_path / "math", train=[*rows["train"], twin], test=rows["test"])
-    with pytest.raises(InputError, match="1 problems are in training and in test"):
+    with pytest.raises(InputError, match="of the test problems, 1 are in training, too"):
         load_problems("math", "train", data=folder)
 
 

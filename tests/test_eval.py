@@ -74,6 +74,8 @@ def test_a_checkpoint_is_asked_as_in_its_run_unless_flags_are_given(checkpoint, 
         args = parse_eval_flags("", ["--model", str(out / "base"), flag, value])
         assert args.problems == problems
     (out / "config.json").write_text("{damaged")
+    assert evaluation.main(["--model", str(out / "stage2")]) == 2
+    assert f"the run {out} has no stage2 yet, only stage1: go on" in capsys.readouterr().err
     assert evaluation.main(["--model", str(out / "stage1")]) == 2
     assert "stage1 is in no run folder: name its --task" in capsys.readouterr().err
     assert evaluation.main(["--model", "runs/gone/stage2"]) == 2

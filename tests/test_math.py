@@ -205,7 +205,7 @@ def test_rows_side_by_side_do_not_change_what_is_sampled(small_gemma):
             "empty needs exactly one file (.jsonl, .jsonl.gz) with train in its name",
         ),
         (["--data", "torn"], "line 2"),
-        (["--data", "clash"], "in training and in test"),
+        (["--data", "clash"], "are in training, too"),
         ([], "name a folder of files with --data"),
         (["--model", "builtin"], "--model builtin can only add"),
         (["--model", "no/such"], "no/such"),

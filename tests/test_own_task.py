@@ -106,6 +106,10 @@ REWARDS = "rewards=each(lambda answer, problem: answer.split() == problem.answer
         (TASK.replace("{problem.question}", "{problem.asked}"), "first fails (AttributeError"),
         (TASK.replace("[:count]", "[:0]"), "no problem in train"),
         (TASK.replace('"steps1": 200', '"stepps": 200'), "sets 'stepps' in training"),
+        (
+            TASK.replace("Random(split)", "Random(0)").replace('(split == "test")', "True"),
+            "are in t",
+        ),
     ],
 )
 def test_a_faulty_file_gives_one_sentence(text, words, small, tmp_path, capsys):
@@ -176,7 +180,7 @@ def test_columns_may_have_other_names_and_solutions_end_in_their_answer(folder, 
         load_problems("answers", "train", data=str(folder))
     (folder / "test.jsonl").write_text(as_jsonl([{"q": " a?", "how": "4"}]))
     own_problems.cache_clear()
-    with pytest.raises(InputError, match="1 problems are in training and in test"):
+    with pytest.raises(InputError, match="of the test problems, 1 are in training, too"):
         load_problems("answers", "train", data=str(folder), columns="q,how")
 
 
@@ -247,8 +251,17 @@ def test_own_questions_are_asked_with_own_prompts(folder, small, tmp_path, monke
         path.write_text(path.read_text() + "!")
         assert run(score.main, "--resume", "--out", out, "--steps2", 3) == 2
         assert f"{path} has changed since the run" in capsys.readouterr().err
+        assert run(evaluation.main, "--model", out / "stage2", "--ask", "Half of 1?") == 0
+        assert f"{path} has changed since the run" in capsys.readouterr().err
         path.write_text(path.read_text()[:-1])
+    assert run(evaluation.main, "--model", out / "stage2", "--ask", "Half of 1?") == 0
+    assert "changed" not in capsys.readouterr().err
     (folder / "train.csv").write_text(as_csv(TRAIN[1:]), encoding="utf-8")
+    own_problems.cache_clear()
+    assert run(score.main, "--resume", "--out", out, "--steps2", 3) == 2
+    assert f"--data {folder} has changed since the run" in capsys.readouterr().err
+    (folder / "train.csv").write_text(as_csv(TRAIN), encoding="utf-8")
+    (folder / "test.csv").write_text(as_csv(TEST[1:]), encoding="utf-8")
     own_problems.cache_clear()
     assert run(score.main, "--resume", "--out", out, "--steps2", 3) == 2
     assert f"--data {folder} has changed since the run" in capsys.readouterr().err

@@ -37,7 +37,7 @@ def jobs(*flags):
 def test_every_command_of_the_grid_is_one_that_its_script_takes(given):
     found = jobs("--seeds", "3,7", *given)
     kinds = {job.name.rsplit(" ", 1)[0] for job in found}
-    assert len(found) == 2 * (len(reproduce.TRAINED) + 12) and set(reproduce.TRAINED) <= kinds
+    assert len(found) == 2 * (len(reproduce.TRAINED) + 13) and set(reproduce.TRAINED) <= kinds
     for job in found:
         if job.script == "eval.py":
             assert parse_eval_flags("", job.flags)
@@ -370,3 +370,15 @@ def test_what_a_changed_answer_gains_is_delta_over_the_changed_share_of_all_seed
     changed, delta = [[0.5] * 30, [0.1] * 30], [[0.2] * 30, [-0.1] * 30]
     assert pictures.gain_of_a_change(changed, delta) == pytest.approx([0.1 / 0.6] * 30)
     assert pictures.gain_of_a_change([[0.0]], [[0.0]]) == [0.0]
+
+
+def test_rewritten_counts_what_does_not_keep_the_answer_of_right_and_of_wrong_first_attempts(
+    tmp_path,
+):
+    seconds = [(1, "ok"), (1, "no 1"), (1, "no 1"), (1, "slow 1"), (0, "ok"), (0, "no 2")]
+    rows = [{"task": "sums", "attempts": [{"reward": r1}, {"text": text}]} for r1, text in seconds]
+    (tmp_path / "eval-attempts-score").mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "eval-attempts-score" / "transcripts.jsonl").write_text(lines)
+    assert reproduce.rewritten(tmp_path, "score", 1) == 0.75
+    assert reproduce.rewritten(tmp_path, "score", 0) == 0.5
