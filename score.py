@@ -21,7 +21,7 @@ as much. Credit is per attempt (γ = 0, appendix A.4): y1 is paid for r1 alone. 
 the whole sum r1 + r2 + α (r2 - r1), a right y1 would cost 9 at α = 10.
 
     python score.py                 base model, Stage I and Stage II on column addition, on a CPU
-    python score.py --stage 1       Stage I alone; --stage 2 goes on from it; others: section 5
+    python score.py --stage 1       Stage I alone; --stage 2 goes on from it; all: see STAGES
     python score.py --task math     Gemma 2 2B on MATH (--task code: on MBPP), on one GPU of 80 GB;
                                     with --lora 16 --rows 32 (lora.py), 24 GB are enough
     torchrun --nproc_per_node=8 score.py ...     the same on 8 GPUs (ranks.py)
