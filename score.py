@@ -7,8 +7,8 @@
     what multiplies the log-prob of a token    in y1     in y2               KL penalty
       Stage I   (Eq. 3)                        0         r2                  β2 on y1, β1 on y2
       Stage II  (Eq. 4 and the bonus)          r1        r2 + α (r2 - r1)    β1 on both
-    A baseline is subtracted from each reward: the mean of the k - 1 siblings, the other samples of
-    the problem. r1 is known before y2: in Stage II, (1 + α) (r2 - mean r2) is left for y2.
+    A baseline is subtracted: mean r1, or r2, of the k - 1 siblings (other samples of the problem).
+    In the bonus r1 stays the episode's own, so it cancels: (1 + α) (r2 - mean r2) is left for y2.
 
     (Eq. 3)  max E[ r̂(y2, y*) - β2 KL(π(·|x1) ‖ π_ref(·|x1)) ]    and Eq. 2's β1 KL on y2
     (Eq. 4)  max E[ Σᵢ r̂(yᵢ, y*) - β1 KL(π(·|xᵢ) ‖ π_ref(·|xᵢ)) ]
@@ -127,7 +127,7 @@ def kl_penalty(attempt: AttemptBatch) -> torch.Tensor:
     """Σ_t KL_t, with the whole gradient of its expectation; (B,).
 
     ∇ E[Σ_t KL_t] = E[Σ_t ∇KL_t + ∇log π(y_t) Σ_{t' > t} KL_t']: a token pays for its own KL, and
-    also for the KL of the tokens that it leads to.
+    also for that of the tokens that it leads to in its attempt.
     """
     kl, logp = attempt.kl, attempt.logp  # (B, T)
     kl_to_come = (kl.sum(dim=1, keepdim=True) - kl.cumsum(dim=1)).detach()  # (B, T)
@@ -135,9 +135,9 @@ def kl_penalty(attempt: AttemptBatch) -> torch.Tensor:
 
 
 # --- 4. The objectives -----------------------------------------------------------------------
-# They are maximised. Their gradient is that of the equation, where y1 is given in all terms of y2.
-# Their value means nothing: the loss is no learning curve. With three attempts (A.1), each is to
-# the attempt before it as y2 is to y1.
+# They are maximised. No gradient flows from y2's reward or KL to the tokens of y1 (γ = 0). The
+# value means nothing: the loss is no learning curve. With three attempts (A.1), each is to the one
+# before it as y2 is to y1.
 
 
 def stage1_objective(y: list[AttemptBatch], beta1: float, beta2: float) -> torch.Tensor:
@@ -307,7 +307,7 @@ def update(learner: Learner, episodes: list[Episode], stage: Stage, beta2: float
     baseline = [leave_one_out(column, cfg.k) for column in r.unbind(dim=1)] if grouped else []
     kls, gaps = [], []  # of this rank's episodes
     policy.train(bool(cfg.recompute))  # activations are recomputed in this mode only; dropout is 0
-    # weight: 1 on one GPU; on many their number, since FSDP averages gradients; 0: a repeated row
+    # weight: the number of ranks, to make FSDP's mean a sum; 0: rows repeated to keep ranks in step
     for batch, weight in ranks.local_micro_batches(list(map(len, rows)), cfg.micro_tokens):
         tokens, attempt_ids, sampled, places = collate([rows[i] for i in batch], device)
         logp, kl = log_probs_and_kl(learner, tokens, places)
@@ -383,11 +383,11 @@ def first_correction(episodes: list[Episode], metrics: dict, name: str) -> str:
 
 
 def one_step(learner: Learner, run: Run, progress: Progress, stage: Stage) -> dict:
-    """Sample, judge, learn and log, once; returns the line of metrics.jsonl."""
+    """Pick, roll out and judge, score, update and log; returns the line of metrics.jsonl."""
     began, cfg, number = time.perf_counter(), learner.cfg, len(run.lines)
     batch = pick(learner.problems, cfg.batch // cfg.k, number, cfg.seed)
     seed = f"{cfg.seed}/{number}"
-    episodes = sample(learner, [p for p in batch for _ in range(cfg.k)], stage, seed)
+    episodes = sample_episodes(learner, [p for p in batch for _ in range(cfg.k)], stage, seed)
     trained_on = stage.learns_from(episodes, cfg.k, seed) if stage.learns_from else episodes
     line = {"step": number, "stage": stage.name, **measure(episodes)}
     line |= {"learned": len(trained_on) / len(episodes), "beta2": progress.beta2}
@@ -424,7 +424,9 @@ def show(run: Run, episodes: list[Episode], stage: Stage, cfg: Config) -> None:
         run.append(runs.EPISODES, json.dumps(record) + "\n")
 
 
-def sample(learner: Learner, problems: list[Problem], stage: Stage, seed: str) -> list[Episode]:
+def sample_episodes(
+    learner: Learner, problems: list[Problem], stage: Stage, seed: str
+) -> list[Episode]:
     """Episodes of the model that samples in this stage; a share has the base model's attempt 1."""
     cfg, attempts = learner.cfg, stage.attempts or learner.cfg.attempts
     sampling = Sampling(attempts, cfg.max_new_tokens, cfg.temperature, seed, cfg.rows)

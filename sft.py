@@ -41,7 +41,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFas
 
 from data import COLUMNS, Problem, add_columns
 from sample import Episode
-from tasks import Chat, load_problems, read_chat
+from tasks import Chat, find_task, load_problems, read_chat
 
 # --- 1. The built-in base model ------------------------------------------------------------------
 
@@ -200,11 +200,17 @@ def star_traces(episodes: list[Episode], k: int, seed: str, keep_right=False) ->
 
 
 def pair_traces(episodes: list[Episode], k: int, seed: str, keep_right=False) -> list[Episode]:
-    """Traces of Pair-SFT: y2 is drawn from all right attempts of the k siblings; D or D+."""
-    rng, paired = random.Random(seed), []
+    """Traces of Pair-SFT: y2 is drawn from all right attempts of the k siblings; D or D+.
+
+    A reply such as "ok" states no answer of its own: after another y1 it would not be right.
+    """
+    rng, paired, keeps = random.Random(seed), [], find_task(episodes[0].problem.task).keeps
     for start in range(0, len(episodes), k):
         siblings = episodes[start : start + k]
-        right = [y for episode in siblings for y in episode.attempts if y.reward]
+        whole = [
+            y for episode in siblings for y in episode.attempts if not keeps or y.text != keeps
+        ]
+        right = [y for y in whole if y.reward]
         for episode in siblings if right else []:
             paired.append(replace(episode, attempts=(episode.attempts[0], rng.choice(right))))
     return with_right_y2(paired, keep_right)

@@ -169,7 +169,7 @@ def test_new_adapters_are_float32_and_leave_the_kl_at_exactly_0(precision, chat,
     policy = lora.with_adapters(ref, 4, seed=0)
     assert {weight.dtype for weight in adapters(policy)} == {torch.float32}
     its = make_learner(policy, ref, chat, Config(k=2, batch=4))
-    made = score.sample(its, [p for p in problems for _ in range(2)], STAGES["2"], "0")
+    made = score.sample_episodes(its, [p for p in problems for _ in range(2)], STAGES["2"], "0")
     tokens, _, _, places = collated(its, made)
     assert score.log_probs_and_kl(its, tokens, places)[1].abs().max() == 0
     noisy(policy)

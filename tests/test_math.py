@@ -128,7 +128,7 @@ def make_learner(small_gemma, precision, **settings):
 
 def episodes_of(learner):
     problems = load_problems("math", "train", 6, str(FILES))
-    return score.sample(learner, [p for p in problems for _ in range(2)], STAGES["2"], "0")
+    return score.sample_episodes(learner, [p for p in problems for _ in range(2)], STAGES["2"], "0")
 
 
 @pytest.mark.parametrize(("precision", "gap"), [("float32", 1e-4), ("bfloat16", 0.15)])

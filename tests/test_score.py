@@ -239,7 +239,7 @@ def collated(learner, episodes):
 @pytest.fixture
 def episodes(learner, problems):
     """Twenty episodes with made-up rewards, so that advantages are not zero."""
-    made = score.sample(learner, [p for p in problems for _ in range(4)], STAGES["2"], "0")
+    made = score.sample_episodes(learner, [p for p in problems for _ in range(4)], STAGES["2"], "0")
     coin = torch.Generator().manual_seed(3)
     return [with_rewards(e, torch.randint(2, (2,), generator=coin).tolist()) for e in made]
 
@@ -351,7 +351,7 @@ def test_beta2_pulls_attempt_1_back_to_the_reference(learner, problems):
     learner = make_learner(learner.policy, learner.ref, learner.chat, cfg)
     kls = []
     for seed in range(12):
-        fresh = score.sample(
+        fresh = score.sample_episodes(
             learner, [p for p in problems for _ in range(4)], STAGES["2"], str(seed)
         )
         flat = [with_rewards(e, [0.0, 0.0]) for e in fresh]  # nothing but KL
@@ -363,7 +363,7 @@ def test_beta2_pulls_attempt_1_back_to_the_reference(learner, problems):
 def test_an_offline_attempt_1_is_in_no_loss_but_its_reward_is_in_the_bonus(learner, problems):
     learner.policy = make_model(seed=5)
     learner.cfg = replace(learner.cfg, offline=0.6)
-    made = score.sample(learner, [p for p in problems for _ in range(4)], STAGES["2"], "0")
+    made = score.sample_episodes(learner, [p for p in problems for _ in range(4)], STAGES["2"], "0")
     assert [e.offline for e in made] == [True] * 12 + [False] * 8
     online = rollout(learner.ref, learner.chat, [made[0].problem], Sampling(1, seed="0"))
     assert online[0].attempts[0].tokens == made[0].attempts[0].tokens  # y1 is the base model's
@@ -377,7 +377,9 @@ def test_an_offline_attempt_1_is_in_no_loss_but_its_reward_is_in_the_bonus(learn
 
 @pytest.mark.parametrize(("number", "offline"), [(0, False), (1, False), (0, True)])
 def test_the_on_policy_gap_is_that_of_all_own_attempts(learner, problems, number, offline):
-    episodes = score.sample(learner, [p for p in problems for _ in range(4)], STAGES["2"], "0")
+    episodes = score.sample_episodes(
+        learner, [p for p in problems for _ in range(4)], STAGES["2"], "0"
+    )
     y = episodes[3].attempts[number]
     other = replace(y, logp=[y.logp[0] + 2.0, *y.logp[1:]])
     attempts = [other if i == number else y for i, y in enumerate(episodes[3].attempts)]
@@ -387,7 +389,7 @@ def test_the_on_policy_gap_is_that_of_all_own_attempts(learner, problems, number
 
 
 def test_training_samples_at_temperature_1_from_the_raw_softmax(learner, problems):
-    made = score.sample(learner, problems[:1] * 4000, STAGES["2"], "0")
+    made = score.sample_episodes(learner, problems[:1] * 4000, STAGES["2"], "0")
     first = torch.tensor([e.attempts[0].tokens[0] for e in made])
     with torch.no_grad():
         exact = learner.policy(torch.tensor([made[0].x1])).logits[0, -1].softmax(-1)
@@ -443,7 +445,9 @@ def test_products_in_tf32_move_the_gradient_by_less_than_a_hundredth(
 
     monkeypatch.setattr(torch.nn.functional, "linear", coarse_linear)
     coarse, _ = gradient(learner, episodes, "2")
-    fresh = score.sample(learner, [p for p in problems for _ in range(4)], STAGES["2"], "1")
+    fresh = score.sample_episodes(
+        learner, [p for p in problems for _ in range(4)], STAGES["2"], "1"
+    )
     off = sum((a - b).square().sum() for a, b in zip(coarse, exact, strict=True)).sqrt()
     size = sum(b.square().sum() for b in exact).sqrt()
     assert 1e-5 * size < off < 1e-2 * size

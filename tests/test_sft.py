@@ -156,6 +156,16 @@ def test_pair_sft_joins_wrong_first_attempts_with_any_right_attempt_at_the_same_
     assert STAGES["pair"].learns_from(SAMPLED[4:], 4, "0") == []  # where no attempt is right
 
 
+def test_pair_sft_moves_no_reply_that_keeps_the_answer_of_another_attempt():
+    ok = Attempt([1], [0.0], "ok", "c", True, 1.0)  # right after "c", but not after "a"
+    sampled = [
+        episode(ONE, attempt("a", 0), attempt("b", 0)),
+        episode(ONE, attempt("c", 1), ok),
+    ]
+    for seed in range(20):
+        assert texts(STAGES["pair"].learns_from(sampled, 2, str(seed))) == ["ac"]
+
+
 def test_pairs_hold_attempts_at_one_problem_and_only_y2_is_learned(chat):
     swapped = SAMPLED[4:] + SAMPLED[:4]
     assert texts(STAGES["pair"].learns_from(swapped, 4, "0"))[0][0] == "a"
@@ -165,7 +175,9 @@ def test_pairs_hold_attempts_at_one_problem_and_only_y2_is_learned(chat):
 
 
 def test_an_update_of_sft_is_the_gradient_of_the_likelihood_of_y2(learner, problems):  # noqa: F811
-    made = score.sample(learner, [p for p in problems for _ in range(4)], STAGES["star"], "0")
+    made = score.sample_episodes(
+        learner, [p for p in problems for _ in range(4)], STAGES["star"], "0"
+    )
     paid = [with_rewards(e, [0, number % 3 == 0]) for number, e in enumerate(made)]
     lessons = STAGES["star"].learns_from(paid, 4, "0")
     assert 3 < len(lessons) < len(made)
