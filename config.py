@@ -61,7 +61,9 @@ class Config:
         "problem,solution (none: question,answer)",
     )
     prompt: str = flag(
-        "", "file with your own first prompt; the question replaces {question}, or comes at the end"
+        "",
+        "file with your own first prompt; the question replaces {question}, or comes at the end; "
+        "for math and answers it must ask for \\boxed{..}",
     )
     correction: str = flag("", "file with your own words that ask for another attempt")
     thinking: int = flag(0, "1: let the chat template ask for thinking first, as Qwen3's can")
@@ -147,7 +149,9 @@ class Config:
     )
     tensorboard: int = flag(0, "1: also write the metrics for TensorBoard")
     resume: bool = flag(
-        False, "go on with the run in --out; larger --steps1 and --steps2 may be given"
+        False,
+        "go on with the run in --out; the last stage, or one that has not ended, may get more "
+        "steps",
     )
 
 
@@ -163,10 +167,11 @@ NOT STATED: the paper does not say it, so the default is our choice."""
 EXAMPLES = """examples:
   python score.py                                  the built-in task, on a CPU
   python score.py --task math --lora 16 --rows 32  Gemma 2 2B on one GPU of 24 GB
-  python score.py --task answers --data FOLDER     your own questions
+  python score.py --task answers --data FOLDER --model NAME --steps1 50 --steps2 50  own questions
   python score.py --resume --out runs/math         go on after a stop
 """
 EVAL_EXAMPLES = """examples:
+  python eval.py --model NAME --task answers --data FOLDER  a base model, on your own questions
   python eval.py --model runs/sums/stage2                   greedy, on held-out problems
   python eval.py --model runs/answers/stage2 --ask "What is half of 7?"
   python eval.py --report runs/sums                         a page on the run
@@ -325,7 +330,7 @@ def as_flag(name: str) -> str:
 
 def raise_input_error(message: str) -> None:
     """Raise argparse's errors as InputError, so that they are one sentence."""
-    raise InputError(message)
+    raise InputError(f"{message}; see --help")
 
 
 def help_parser(words: str, examples: str) -> argparse.ArgumentParser:
@@ -413,7 +418,12 @@ def eval_parser(words: str) -> argparse.ArgumentParser:
             group.add_argument(as_flag(item.name), help=f"{words} (default: {usual})", **kind)
     words = "which problems: test, or mbpp with --task code (default: test)"
     asked.add_argument("--split", default="test", help=words)
-    how.add_argument("--attempts", type=int, default=2, help="attempts at a problem (default: 2)")
+    how.add_argument(
+        "--attempts",
+        type=int,
+        default=2,
+        help="attempts at a problem (default: 2, whatever the run had)",
+    )
     words = f"temperature of sampling (default: 0, greedy; with --samples {VOTES_TEMPERATURE})"
     how.add_argument("--temperature", type=float, help=words)
     words = "random seed of sampling at a temperature above 0: a number or any word (default: eval)"
@@ -426,16 +436,16 @@ def eval_parser(words: str) -> argparse.ArgumentParser:
     )
     other.add_argument("--repair", nargs="?", const="", metavar="FILE", help=words)
     words = (
-        "compare majority votes at equal cost, for n = 1, 2, 4 .. SAMPLES: of 2n first attempts, "
-        "or of n second attempts (each needs a first one, too)"
+        "compare two ways to spend 2n attempts, for n = 1, 2, 4 .. N: a vote of 2n first ones "
+        "(parallel), or of n second ones, each after its first (sequential)"
     )
-    other.add_argument("--samples", type=int, default=0, help=words)
+    other.add_argument("--samples", type=int, default=0, metavar="N", help=words)
     words = "Self-Refine: ask for feedback on attempt 1, and then for attempt 2"
     other.add_argument("--refine", action="store_true", help=words)
-    words = "folder to write to (default: RUN/eval/STAGE for the checkpoint RUN/STAGE)"
+    words = "folder to write to (default: RUN/eval/STAGE for RUN/STAGE, else runs/eval/NAME)"
     files.add_argument("--out", type=folder, help=words)
     words = (
-        "write FOLDER/report.html, a page on a run or an evaluation, or on two of them side by side"
+        "write FOLDER/report.html on a run or an evaluation, or a page on two of them side by side"
     )
     files.add_argument("--report", type=folder, nargs="+", metavar="FOLDER", help=words)
     words = "draw the pictures of a run or an evaluation, into that folder"
@@ -453,7 +463,7 @@ def parse_eval_flags(words: str, argv: list[str] | None = None) -> argparse.Name
     args = argparse.Namespace(**{**usual, **of_run, **typed})
     args.task_known = "task" in typed or "task" in of_run
     args.as_in_run = {
-        name: x for name, x in of_run.items() if x not in (usual[name], typed.get(name))
+        name: x for name, x in of_run.items() if x != usual[name] and name not in typed
     }
     if args.temperature is None:
         args.temperature = VOTES_TEMPERATURE if args.samples else 0.0

@@ -14,6 +14,7 @@ prompts, its reward, and the flags that it sets in score.py and eval.py. The pro
 """
 
 import os
+import re
 import runpy
 import sys
 import traceback
@@ -532,7 +533,8 @@ def read_words(flag: str, path: str) -> str:
     if not text:
         raise InputError(f"{flag} {path} is empty: write the words into it")
     if flag == "--prompt" and "{question}" not in text:
-        if "{question}" in text.lower().replace(" ", ""):
+        # a word in braces, which is no argument of a LaTeX command such as \boxed{answer}
+        if re.search(r"(?<![\w\\}^_])\{ *[A-Za-z]+ *\}", text):
             raise InputError(f"{flag} {path} misspells {{question}}: write it like this")
         text += "\n\n{question}"
     return text

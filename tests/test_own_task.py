@@ -275,3 +275,12 @@ def test_own_questions_are_asked_with_own_prompts(folder, small, tmp_path, monke
     (tmp_path / "prompt.txt").write_text("Answer this:")
     text = tasks.read_words("--prompt", str(tmp_path / "prompt.txt"))
     assert text == "Answer this:\n\n{question}"
+
+
+@pytest.mark.parametrize("text", ["Answer: {quesiton}", "{ question }?", "{problem} box it"])
+def test_a_prompt_with_another_word_in_braces_is_refused(text, tmp_path):
+    (tmp_path / "prompt.txt").write_text(text)
+    with pytest.raises(InputError, match=r"misspells .question."):
+        tasks.read_words("--prompt", str(tmp_path / "prompt.txt"))
+    (tmp_path / "prompt.txt").write_text(r"Write \boxed{answer}, as in $x^{n}$.")
+    assert tasks.read_words("--prompt", str(tmp_path / "prompt.txt")).endswith("\n\n{question}")
