@@ -99,7 +99,7 @@ class Config:
     )
     alpha: float = flag(10.0, "weight of the bonus on attempt 2 in Stage II; as in Table 8")
     beta1: float = flag(
-        0.12, "weight of the KL penalty wherever --beta2 does not apply; Table 8 has 0.01"
+        0.12, "weight of the KL penalty, except on attempt 1 in Stage I; Table 8 has 0.01"
     )
     beta2: float = flag(
         0.1, "weight of the KL penalty on attempt 1 in Stage I; as in Table 8 for MATH"
@@ -119,7 +119,7 @@ class Config:
     )
     clip: float = flag(1.0, "largest norm of a gradient; NOT STATED, 1 is usual")
     max_new_tokens: int = flag(
-        10, "longest attempt, in tokens, which time and memory grow with; NOT STATED, a sum needs 9"
+        10, "most tokens of an attempt; more cost time and memory; NOT STATED, a sum needs 9"
     )
     lora: int = flag(
         0, "rank of LoRA adapters, such as 16; 0 trains all weights, as the paper does"
@@ -129,16 +129,16 @@ class Config:
     )
     rows: int = flag(
         500,
-        "episodes sampled at the same time; more need more memory and change rounding only",
+        "episodes sampled at the same time; fewer need less memory and are slower",
     )
     micro_tokens: int = flag(
         16384,
-        "tokens in a forward pass of training; more need more memory and change rounding only",
+        "tokens in a forward pass of training; fewer need less memory and are slower",
     )
     recompute: int = flag(
         0, "1: compute activations again in backward, instead of keeping them; it saves memory"
     )
-    compile: int = flag(0, "1: use torch.compile; the first steps then take minutes")
+    compile: int = flag(0, "1: use torch.compile, for speed; the first steps then take minutes")
     save_every: int = flag(
         25, "steps between two saves; the save with the best reward becomes the stage's checkpoint"
     )
@@ -167,7 +167,7 @@ NOT STATED: the paper does not say it, so the default is our choice."""
 EXAMPLES = """examples:
   python score.py                                  the built-in task, on a CPU
   python score.py --task math --lora 16 --rows 32  Gemma 2 2B on one GPU of 24 GB
-  python score.py --task answers --data FOLDER --model NAME --steps1 50 --steps2 50  own questions
+  python score.py --task answers --data FOLDER --model NAME --lora 16 --batch 64  own questions
   python score.py --resume --out runs/math         go on after a stop
 """
 EVAL_EXAMPLES = """examples:
@@ -404,7 +404,9 @@ def eval_parser(words: str) -> argparse.ArgumentParser:
     how = parser.add_argument_group("attempts")
     other = parser.add_argument_group("instead of two attempts at each problem")
     files = parser.add_argument_group("files")
-    asked.add_argument("--model", help="checkpoint folder, or name on the Hugging Face hub")
+    asked.add_argument(
+        "--model", help="checkpoint folder (adapters, too), or name on the Hugging Face hub"
+    )
     words = f"{', '.join(TASKS)}, or a Python file with TASK = Task(..) (default: as in the run)"
     asked.add_argument("--task", default=argparse.SUPPRESS, help=words)
     for item in fields(Config):
@@ -430,9 +432,8 @@ def eval_parser(words: str) -> argparse.ArgumentParser:
     how.add_argument("--seed", default="eval", help=words)
     other.add_argument("--ask", metavar="QUESTION", help="print greedy attempts at this question")
     words = (
-        "correct wrong first attempts that are given: by a JSONL file (id and "
-        "attempts as in transcripts.jsonl, or task_id and program) or, without FILE, by the base "
-        "model"
+        "correct given wrong first attempts: from a JSONL file (id and attempts as in "
+        "transcripts.jsonl, or task_id and program), or, without FILE, the base model's"
     )
     other.add_argument("--repair", nargs="?", const="", metavar="FILE", help=words)
     words = (
