@@ -7,8 +7,8 @@
     what multiplies the log-prob of a token    in y1     in y2               KL penalty
       Stage I   (Eq. 3)                        0         r2                  β2 on y1, β1 on y2
       Stage II  (Eq. 4 and the bonus)          r1        r2 + α (r2 - r1)    β1 on both
-    A baseline is subtracted: mean r1, or r2, of the k - 1 siblings (other samples of the problem).
-    In the bonus r1 stays the episode's own, so it cancels: (1 + α) (r2 - mean r2) is left for y2.
+    Baseline: the same with the mean r1, or r2, of the k - 1 siblings, other samples of the problem.
+    The bonus keeps its own r1, so -α r1 cancels: y2 gets (1 + α) (r2 - mean r2).
 
     (Eq. 3)  max E[ r̂(y2, y*) - β2 KL(π(·|x1) ‖ π_ref(·|x1)) ]    and Eq. 2's β1 KL on y2
     (Eq. 4)  max E[ Σᵢ r̂(yᵢ, y*) - β1 KL(π(·|xᵢ) ‖ π_ref(·|xᵢ)) ]
@@ -17,7 +17,7 @@
 π is the policy, π_ref the frozen base model, y* the true answer. Without Stage I and bonus, RL
 improves attempt 1 and then copies it. Stage I holds attempt 1 at the base model, so reward can come
 only from what attempt 2 changes. Stage II trains both; the bonus makes attempt 2 weigh 1 + α times
-as much. Credit is per attempt (γ = 0, appendix A.4): y1 is paid for r1 alone. If it were paid for
+as much. Credit is per attempt (γ = 0, appendix A.4): y1 is never paid for r2. If it were paid for
 the whole sum r1 + r2 + α (r2 - r1), a right y1 would cost 9 at α = 10.
 
     python score.py                 base model, Stage I and Stage II on column addition, on a CPU
@@ -307,7 +307,7 @@ def update(learner: Learner, episodes: list[Episode], stage: Stage, beta2: float
     baseline = [leave_one_out(column, cfg.k) for column in r.unbind(dim=1)] if grouped else []
     kls, gaps = [], []  # of this rank's episodes
     policy.train(bool(cfg.recompute))  # activations are recomputed in this mode only; dropout is 0
-    # weight: the number of ranks, to make FSDP's mean a sum; 0: rows repeated to keep ranks in step
+    # weight: the number of ranks, since FSDP averages; 0: rows that only keep the ranks in step
     for batch, weight in ranks.local_micro_batches(list(map(len, rows)), cfg.micro_tokens):
         tokens, attempt_ids, sampled, places = collate([rows[i] for i in batch], device)
         logp, kl = log_probs_and_kl(learner, tokens, places)
@@ -447,7 +447,7 @@ def sample_episodes(
 
 
 def keep_best(learner: Learner, run: Run, progress: Progress, stage: Stage) -> None:
-    """Save the policy as the stage's checkpoint, if its reward since the last save is the best.
+    """Save the policy as the stage's checkpoint, if the reward since the last save is the best.
 
     NOT IN PAPER: this is the reward of attempt `selected_by`, averaged over the steps since then.
     If `selected_by` is None, the policy is saved each time.
