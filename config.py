@@ -65,7 +65,9 @@ class Config:
         "file with your own first prompt; the question replaces {question}, or comes at the end; "
         "for math and answers it must ask for \\boxed{..}",
     )
-    correction: str = flag("", "file with your own words that ask for another attempt")
+    correction: str = flag(
+        "", "file with your own words that ask for another attempt, and again for \\boxed{..}"
+    )
     thinking: int = flag(0, "1: let the chat template ask for thinking first, as Qwen3's can")
     date: str = flag(Wording.date, "fixed date for chat templates that print today's date")
     ids: str = flag(
@@ -167,7 +169,7 @@ NOT STATED: the paper does not say it, so the default is our choice."""
 EXAMPLES = """examples:
   python score.py                                  the built-in task, on a CPU
   python score.py --task math --lora 16 --rows 32  Gemma 2 2B on one GPU of 24 GB
-  python score.py --task answers --data FOLDER --model NAME --lora 16 --batch 64  own questions
+  python score.py --task answers --data FOLDER --model NAME --steps1 50 --steps2 50  own ones
   python score.py --resume --out runs/math         go on after a stop
 """
 EVAL_EXAMPLES = """examples:

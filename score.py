@@ -7,7 +7,7 @@
     what multiplies the log-prob of a token    in y1     in y2               KL penalty
       Stage I   (Eq. 3)                        0         r2                  β2 on y1, β1 on y2
       Stage II  (Eq. 4 and the bonus)          r1        r2 + α (r2 - r1)    β1 on both
-    Baseline: the same with the mean r1, or r2, of the k - 1 siblings, other samples of the problem.
+    The baseline is subtracted: mean r1, or r2, of the k - 1 siblings (samples of the problem).
     The bonus keeps its own r1, so -α r1 cancels: y2 gets (1 + α) (r2 - mean r2).
 
     (Eq. 3)  max E[ r̂(y2, y*) - β2 KL(π(·|x1) ‖ π_ref(·|x1)) ]    and Eq. 2's β1 KL on y2
@@ -27,7 +27,7 @@ the whole sum r1 + r2 + α (r2 - r1), a right y1 would cost 9 at α = 10.
     torchrun --nproc_per_node=8 score.py ...     the same on 8 GPUs (ranks.py)
 
 Left out: a value model (siblings are the baseline), PPO's clipping (each batch is used once),
-division by length (favours short answers) or by the rewards' spread (cancels α). Next: config.py.
+division by length (biases it) or by the advantages' spread (cancels α). Next: config.py.
 """
 
 import json

@@ -234,7 +234,10 @@ def one_step(learner: Learner) -> None:
     problems = range(learner.cfg.batch // learner.cfg.k)
     asked = [Problem("", "", "sums", str(i)) for i in problems for _ in range(learner.cfg.k)]
     score.update(
-        learner, score.sample(learner, asked, score.STAGES["2"], "0"), score.STAGES["2"], 0.1
+        learner,
+        score.sample_episodes(learner, asked, score.STAGES["2"], "0"),
+        score.STAGES["2"],
+        0.1,
     )
 
 
@@ -409,7 +412,9 @@ def grown(batch: int, tokens: int) -> tuple[float, float, float]:
     asked = [Problem("", "", "sums", str(i // 8)) for i in range(batch)]
     before, episodes = peak(), []
     sampling = [
-        timed(lambda: episodes.append(score.sample(learner, asked, score.STAGES["2"], "0")))
+        timed(
+            lambda: episodes.append(score.sample_episodes(learner, asked, score.STAGES["2"], "0"))
+        )
         for _ in range(4)
     ]
     learning = [

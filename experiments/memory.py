@@ -298,7 +298,7 @@ def peaks(counter: Counter, learner: Learner, world: int = 1) -> tuple[float, fl
     cfg, stage, found = learner.cfg, score.STAGES["2"], []
     problems = [Problem("", "", "math", str(n // cfg.k)) for n in range(cfg.rows * world)]
     with counter.watching(learner):
-        episodes = score.sample(learner, problems, stage, "0")
+        episodes = score.sample_episodes(learner, problems, stage, "0")
         found.append(counter.peak)
         length = learner.chat.lengths[0] + AGAIN + 2 * cfg.max_new_tokens
         some = 2 * max(1, cfg.micro_tokens // length) * world
@@ -372,7 +372,9 @@ def measure(args: argparse.Namespace) -> str:
     stage, k = score.STAGES["2"], learner.cfg.k
     problems = [Problem("", "", "math", str(n // k)) for n in range(learner.cfg.batch)]
     for number in range(2):
-        episodes, sampling = timed(lambda n=number: score.sample(learner, problems, stage, str(n)))
+        episodes, sampling = timed(
+            lambda n=number: score.sample_episodes(learner, problems, stage, str(n))
+        )
         tossed = with_coins(episodes)
         _, training = timed(lambda made=tossed: score.update(learner, made, stage, 0.1))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
