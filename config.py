@@ -152,8 +152,8 @@ class Config:
     tensorboard: int = flag(0, "1: also write the metrics for TensorBoard")
     resume: bool = flag(
         False,
-        "go on with the run in --out; the last stage, or one that has not ended, may get more "
-        "steps",
+        "go on with the run in --out; larger --steps1 and --steps2 extend its last or an "
+        "unfinished stage",
     )
 
 
@@ -169,7 +169,7 @@ NOT STATED: the paper does not say it, so the default is our choice."""
 EXAMPLES = """examples:
   python score.py                                  the built-in task, on a CPU
   python score.py --task math --lora 16 --rows 32  Gemma 2 2B on one GPU of 24 GB
-  python score.py --task answers --data FOLDER --model NAME --steps1 50 --steps2 50  own ones
+  python score.py --task answers --data D --model NAME --lora 16 --batch 64 --steps1 50 --steps2 50
   python score.py --resume --out runs/math         go on after a stop
 """
 EVAL_EXAMPLES = """examples:

@@ -8,7 +8,7 @@
       Stage I   (Eq. 3)                        0         r2                  β2 on y1, β1 on y2
       Stage II  (Eq. 4 and the bonus)          r1        r2 + α (r2 - r1)    β1 on both
     The baseline is subtracted: mean r1, or r2, of the k - 1 siblings (samples of the problem).
-    The bonus keeps its own r1, so -α r1 cancels: y2 gets (1 + α) (r2 - mean r2).
+    Its bonus keeps the episode's r1, so -α r1 cancels: y2 gets (1 + α) (r2 - mean r2).
 
     (Eq. 3)  max E[ r̂(y2, y*) - β2 KL(π(·|x1) ‖ π_ref(·|x1)) ]    and Eq. 2's β1 KL on y2
     (Eq. 4)  max E[ Σᵢ r̂(yᵢ, y*) - β1 KL(π(·|xᵢ) ‖ π_ref(·|xᵢ)) ]

@@ -105,7 +105,7 @@ def draw(out: Path, results: dict) -> Path:
         for y, row in enumerate(rows):
             for x, value in enumerate(row):
                 color = "white" if abs(value) > 0.6 * most else "black"
-                words = f"{round(value, 2) + 0.0:+.2f}"  # + 0.0: no -0.00
+                words = f"{value:+.2f}" if round(value, 2) else "0.00"
                 axis.text(x, y, words, ha="center", va="center", color=color)
         axis.set_xticks(range(len(RIGHTS)), [f"{100 * right:g} %" for right in RIGHTS])
         labels = [f"{by_place[far, RIGHTS[0]]['ceiling']:.2f}" for far in FARS]
