@@ -50,6 +50,7 @@ from runs import (
     changed_inputs,
     disk_errors_explained,
     locked,
+    of_this_version,
     read_json,
     write_atomically,
 )
@@ -186,7 +187,6 @@ def main(argv: list[str] | None = None) -> int:
             settings = {name: x for name, x in args.as_in_run.items() if name not in unused}
             if settings:
                 print(f"asked as in the run:{as_words(settings)}", file=sys.stderr)
-                warn_of_changes(args)
             if args.plot or args.report:
                 if args.model:
                     raise InputError("--report and --plot evaluate no --model: leave it out")
@@ -194,8 +194,10 @@ def main(argv: list[str] | None = None) -> int:
                     partial(figures.draw, args.plot) if args.plot else partial(write_report, args)
                 )
                 print(f"wrote {ranks.on_all_ranks(draw)}")
-            elif args.ask is not None:
-                ranks.on_all_ranks(check_flags, args)
+                return 0
+            ranks.on_all_ranks(check_flags, args)
+            ranks.on_all_ranks(warn_of_changes, args)
+            if args.ask is not None:
                 answer_question(args)
             else:
                 problems, folder, settings = ranks.on_all_ranks(prepare, args)
@@ -213,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
 def warn_of_changes(args: Namespace) -> None:
     """Say which file or data set of the run, if the model is asked as there, has changed since."""
     record = read_json(Path(args.model).absolute().parent / "config.json")
-    if set(record["settings"]) != set(vars(Config())):  # another version wrote it
+    if not args.as_in_run or not of_this_version(record["settings"]):
         return
     unused = {name: "" for name in ("prompt", "correction", "data") if name not in args.as_in_run}
     cfg = Config(**record["settings"] | unused)
@@ -242,8 +244,7 @@ def answer_question(args: Namespace) -> None:
 
 
 def prepare(args: Namespace) -> tuple[list[Problem], Path, dict[str, str]]:
-    """Problems, folder and settings of an evaluation; InputError for flags that cannot work."""
-    check_flags(args)
+    """Problems, folder and settings of an evaluation; InputError if it cannot be written there."""
     data = {"data": args.data, "columns": args.columns}
     problems = load_problems(args.task, args.split, args.problems, **data)
     no_settings = ("out", "plot", "rows", "report", "ask", "as_in_run", "task_known")
@@ -280,6 +281,7 @@ def check_flags(args: Namespace) -> None:
         models.check_name(whole_of(args.model))
         raise InputError(f"--model {args.model} is in no run folder: name its --task")
     check_task(args.task, data=args.data, columns=args.columns)
+    wording_of(args)
     if args.split not in find_task(args.task).splits:
         splits = " or ".join(find_task(args.task).splits)
         raise InputError(f"--split {args.split} is unknown to --task {args.task}: choose {splits}")

@@ -108,15 +108,22 @@ def plain_copy(model, attention: str | None):
     return fresh
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The folders in a folder that hold a whole model or adapters."""
+    return sorted(
+        {path.parent for name in ("config.json", ADAPTERS) for path in folder.glob(f"*/{name}")}
+    )
+
+
 def check_name(name: str) -> None:
     """Raise InputError for a folder that is no checkpoint; print it if the hub will be asked."""
     folder = Path(name)
     if not folder.exists():
         run = folder.parent
         if (run / "metrics.jsonl").exists():
-            found = ", ".join(sorted(path.parent.name for path in run.glob("*/config.json")))
+            found = ", ".join(path.name for path in checkpoints_in(run)) or "its logs"
             raise InputError(
-                f"the run {run} has no {folder.name} yet, only {found or 'its logs'}: go on "
+                f"the run {run} has no {folder.name} yet, only {found}: go on "
                 f"with it by python score.py --resume --out {run}"
             )
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -129,7 +136,7 @@ def check_name(name: str) -> None:
                 f"{name} holds LoRA adapters, not a whole model: go on with them by --lora and "
                 f"--init, or make a whole model by python lora.py --merge {name} --out FOLDER"
             )
-        inside = sorted(str(path.parent) for path in folder.glob("*/config.json"))
+        inside = list(map(str, checkpoints_in(folder)))
         what = "it has no config.json" if folder.is_dir() else "it is a file, not a folder"
         hint = f"name a folder in it, such as {', '.join(inside[-3:])}" if inside else what
         raise InputError(f"{name} is no checkpoint: {hint}")

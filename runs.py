@@ -279,9 +279,13 @@ def settings_to_follow(folder: Path, typed: dict, stages: dict[str, Stage]) -> d
     return {name: value for name, value in settings.items() if name not in ("stage", "init")}
 
 
+def of_this_version(settings: dict) -> bool:
+    return set(settings) == set(vars(Config()))
+
+
 def check_version(settings: dict, folder: Path) -> None:
     """Raise InputError if another version of score.py wrote these settings."""
-    if set(settings) != set(vars(Config())):
+    if not of_this_version(settings):
         raise InputError(f"{folder}/config.json is by another version of score.py: use that one")
 
 
@@ -520,7 +524,7 @@ def raise_alarms(lines: list[dict], base: dict, progress: Progress, fresh: bool)
     fell = mean["acc_t1"] < base["acc_t1"] - 0.05 and mean["acc_t2"] > base["acc_t2"]
     unpaid = mean["acc_t1"] + mean["acc_t2"] == 0 or mean["unreadable"] > 0.95
     collapsed = mean["copied"] > max(0.95, base["copied"]) and not unpaid
-    moved = fresh and len(lines) == 1 and mean["kl_t1"] + mean["kl_t2"] > 1e-3
+    moved = first and mean["kl_t1"] + mean["kl_t2"] > 1e-3
     alarms = {
         "no reward: no attempt is right, or hardly one states an answer: see in samples.txt "
         "if answers have the form that the prompt asks for": full and unpaid,

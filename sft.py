@@ -41,7 +41,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFas
 
 from data import COLUMNS, Problem, add_columns
 from sample import Episode
-from tasks import Chat, find_task, load_problems, read_chat
+from tasks import Chat, find_task, keeps_answer, load_problems, read_chat
 
 # --- 1. The built-in base model ------------------------------------------------------------------
 
@@ -204,13 +204,11 @@ def pair_traces(episodes: list[Episode], k: int, seed: str, keep_right=False) ->
 
     A reply such as "ok" states no answer of its own: after another y1 it would not be right.
     """
-    rng, paired, keeps = random.Random(seed), [], find_task(episodes[0].problem.task).keeps
+    rng, paired, task = random.Random(seed), [], find_task(episodes[0].problem.task)
     for start in range(0, len(episodes), k):
         siblings = episodes[start : start + k]
-        whole = [
-            y for episode in siblings for y in episode.attempts if not keeps or y.text != keeps
-        ]
-        right = [y for y in whole if y.reward]
+        attempts = [y for episode in siblings for y in episode.attempts]
+        right = [y for y in attempts if y.reward and not keeps_answer(y.text, task)]
         for episode in siblings if right else []:
             paired.append(replace(episode, attempts=(episode.attempts[0], rng.choice(right))))
     return with_right_y2(paired, keep_right)

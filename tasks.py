@@ -381,10 +381,15 @@ def settings_of(task: str) -> dict:
     return {name: getattr(known, name) for name in ATTEMPT_FLAGS} | known.training
 
 
+def keeps_answer(attempt: str, task: Task) -> bool:
+    """Does an attempt state no answer of its own, but keep that of the attempt before it?"""
+    return bool(task.keeps) and attempt == task.keeps
+
+
 def stated_answer(attempt: str, before: str | None, problem: Problem) -> str | None:
     """The answer that an attempt states, or None; before: the answer of the attempt before it."""
     task = find_task(problem.task)
-    return before if task.keeps and attempt == task.keeps else task.states(attempt, problem)
+    return before if keeps_answer(attempt, task) else task.states(attempt, problem)
 
 
 def judge(attempts: list[str], before: list[str | None], problems: list[Problem]):

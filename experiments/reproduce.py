@@ -41,10 +41,10 @@ from config import (  # noqa: E402
 from data import InputError, read_jsonl  # noqa: E402
 from experiments import landscape, pictures  # noqa: E402
 from experiments.jobs import Job, do_all, launch  # noqa: E402
-from experiments.tables import COLUMNS, ROWS, claims, rewrites, summary, table  # noqa: E402
+from experiments.tables import COLUMNS, REWRITTEN, ROWS, claims, rewrites, summary, table  # noqa: E402
 from figures import canvas  # noqa: E402
 from score import STAGES  # noqa: E402
-from tasks import ATTEMPT_FLAGS, find_task  # noqa: E402
+from tasks import ATTEMPT_FLAGS, find_task, keeps_answer  # noqa: E402
 
 # --- 1. The grid ---------------------------------------------------------------------------------
 # {base} and {stage1} are checkpoints of SCoRe's run of the same seed; {all} counts its updates.
@@ -162,22 +162,24 @@ def collect(out: Path, seeds: list[int], settings: dict) -> dict:
             rows[name]["own"] = [pictures.own(folder, name) for folder in folders]
     for name in EVALUATED["attempts"][1]:
         if name in rows and (folders[0] / f"eval-attempts-{name}").exists():
-            for right, column in ((1, "rewritten of right"), (0, "rewritten of wrong")):
-                rows[name][column] = [rewritten(folder, name, right) for folder in folders]
+            shares = zip(*(rewritten(folder, name) for folder in folders), strict=True)
+            rows[name] |= dict(zip(REWRITTEN, map(list, shares), strict=True))
     lines = [runs.read_log(folder / "score" / "metrics.jsonl") for folder in folders]
     ends = {name: [last_fifth(one, name) for one in lines] for name in ("acc_t1", "acc_t2")}
     return {"settings": settings, "seeds": seeds, "rows": rows, "moved at the end": ends}
 
 
-def rewritten(folder: Path, name: str, right: int) -> float:
-    """Share of right (or of wrong) first attempts after which attempt 2 does not keep the answer.
+def rewritten(folder: Path, name: str) -> tuple[float, float]:
+    """Shares of right and of wrong first attempts after which attempt 2 does not keep the answer.
 
-    A rewrite may state the same answer again. Where a task has no word for keeping, it always may.
+    A rewrite may state the same answer. Where a task has no word for keeping, all are rewrites.
     """
     rows = read_jsonl(folder / f"eval-attempts-{name}" / "transcripts.jsonl")
-    keeps = find_task(rows[0]["task"]).keeps
-    of_kind = [row["attempts"] for row in rows if row["attempts"][0]["reward"] == right]
-    return sum(second["text"] != keeps for _, second, *_ in of_kind) / max(1, len(of_kind))
+    task, rewrites = find_task(rows[0]["task"]), {1: [], 0: []}  # by the reward of attempt 1
+    for first, second, *_ in (row["attempts"] for row in rows):
+        rewrites[int(first["reward"])].append(not keeps_answer(second["text"], task))
+    right, wrong = (sum(of_kind) / max(1, len(of_kind)) for of_kind in rewrites.values())
+    return right, wrong
 
 
 def last_fifth(lines: list[dict], name: str) -> float:

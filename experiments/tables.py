@@ -33,6 +33,7 @@ ROWS = {  # by run; base and stage1 are checkpoints of SCoRe's run
     "offline": "SCoRe without online first attempts",
 }
 SUMMARY = ("base", "pair", "direct", "stage1", "score")
+REWRITTEN = ("rewritten of right", "rewritten of wrong")  # first attempts
 COLUMNS = {
     "acc_t1": "acc@t1",
     "acc_t2": "acc@t2",
@@ -124,9 +125,9 @@ def rewrites(results: dict) -> str:
     """How often attempt 2 rewrites right and wrong first attempts, and how often answers change."""
     lines = []
     for name, row in results["rows"].items():
-        if "rewritten of right" in row:
-            parts = [row["rewritten of right"], row["rewritten of wrong"]]
-            parts.append([1 - copied for copied in row["copied"]])
+        if set(REWRITTEN) <= set(row):
+            changed = [1 - copied for copied in row["copied"]]
+            parts = (*(row[column] for column in REWRITTEN), changed)
             lines.append([ROWS[name], *map(mean_and_range, parts)])
     heads = ["", "rewritten, of right y1", "rewritten, of wrong y1", "answers changed"]
     return as_markdown(heads, lines)

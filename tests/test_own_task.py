@@ -265,6 +265,11 @@ def test_own_questions_are_asked_with_own_prompts(folder, small, tmp_path, monke
     own_problems.cache_clear()
     assert run(score.main, "--resume", "--out", out, "--steps2", 3) == 2
     assert f"--data {folder} has changed since the run" in capsys.readouterr().err
+    (folder / "test.csv").write_text(as_csv(TEST), encoding="utf-8")
+    (tmp_path / "again.txt").rename(tmp_path / "moved.txt")
+    assert run(evaluation.main, "--model", out / "stage2", "--ask", "Half of 1?") == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"eval.py: --correction {tmp_path}") and "cannot be read" in message
     lines = (out / "eval" / "stage2" / "transcripts.jsonl").read_text().splitlines()
     tokenizer = gemma_tokenizer()
     x1 = tokenizer.decode(json.loads(lines[0])["x1"])

@@ -380,5 +380,4 @@ def test_rewritten_counts_what_does_not_keep_the_answer_of_right_and_of_wrong_fi
     (tmp_path / "eval-attempts-score").mkdir()
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "eval-attempts-score" / "transcripts.jsonl").write_text(lines)
-    assert reproduce.rewritten(tmp_path, "score", 1) == 0.75
-    assert reproduce.rewritten(tmp_path, "score", 0) == 0.5
+    assert reproduce.rewritten(tmp_path, "score") == (0.75, 0.5)
