@@ -26,9 +26,9 @@ LORA_LR = 10  # factor of the learning rate with --lora; NOT STATED, from "LoRA 
 # --- 1. Settings of a run ----------------------------------------------------------------------
 
 
-def flag(default, words: str):
-    """A setting with its default and its help text."""
-    return field(default=default, metadata={"help": words})
+def flag(default, words: str, none: str = "none"):
+    """A setting with its default and its help text; none: what --help says for an empty default."""
+    return field(default=default, metadata={"help": words, "none": none})
 
 
 @dataclass(frozen=True)
@@ -52,21 +52,25 @@ class Config:
     )
     data: str = flag(
         "",
-        "folder with the task's files (none: from the hub); for --task answers also a name on the "
-        "hub, such as openai/gsm8k:main",
+        "folder with the task's files; for --task answers also a name on the hub, such as "
+        "openai/gsm8k:main",
+        none="the task's data set on the hub",
     )
     columns: str = flag(
         "",
-        "for --task answers: names of the columns of questions and answers, such as "
-        "problem,solution (none: question,answer)",
+        "for --task answers: the columns of questions and of answers, such as problem,solution",
+        none="question,answer",
     )
     prompt: str = flag(
         "",
-        "file with your own first prompt; the question replaces {question}, or comes at the end; "
-        "for math and answers it must ask for \\boxed{..}",
+        "text file with your own first prompt; the question replaces {question}, or comes at the "
+        "end; for math and answers it must ask for \\boxed{..} or 'The final answer is $..$'",
+        none="the task's",
     )
     correction: str = flag(
-        "", "file with your own words that ask for another attempt, and again for \\boxed{..}"
+        "",
+        "text file with your own words that ask for another attempt; ask for the form again",
+        none="the task's",
     )
     thinking: int = flag(0, "1: let the chat template ask for thinking first, as Qwen3's can")
     date: str = flag(Wording.date, "fixed date for chat templates that print today's date")
@@ -76,7 +80,10 @@ class Config:
         "NOT STATED",
     )
     out: str = flag("runs/sums", "run folder, for checkpoints, logs and results")
-    seed: int = flag(0, "random seed of new weights, of the order of problems and of sampling")
+    seed: int = flag(
+        1,  # RESULTS.md ("Other machines, other digits") says why not 0
+        "random seed of new weights, of the order of problems and of sampling",
+    )
     steps1: int = flag(
         120,
         "updates in each of the stages 1, 1b and 0; Table 8 has 3000 in all for MATH, the split "
@@ -92,7 +99,8 @@ class Config:
     )
     k: int = flag(
         8,
-        "samples of each problem, at least 2; NOT STATED, RLOO (Ahmadian et al. 2024) has 2 and 4",
+        "episodes of each problem in an update, which are compared with each other: at least 2, "
+        "and --batch is a multiple of it; NOT STATED, RLOO (Ahmadian et al. 2024) has 2 and 4",
     )
     lr: float = flag(
         5e-4,
@@ -124,10 +132,14 @@ class Config:
         10, "most tokens of an attempt; more cost time and memory; NOT STATED, a sum needs 9"
     )
     lora: int = flag(
-        0, "rank of LoRA adapters, such as 16; 0 trains all weights, as the paper does"
+        0,
+        "rank of LoRA adapters, such as 16 (they need requirements-lora.txt); 0 trains all "
+        "weights, as the paper does",
     )
     precision: str = flag(
-        "float32", "precision of the weights: float32, or bfloat16 (Adam then has a float32 copy)"
+        "float32",
+        "precision of the weights: float32, which is faster on many CPUs, or bfloat16 (Adam then "
+        "has a float32 copy)",
     )
     rows: int = flag(
         500,
@@ -152,8 +164,8 @@ class Config:
     tensorboard: int = flag(0, "1: also write the metrics for TensorBoard")
     resume: bool = flag(
         False,
-        "go on with the run in --out; larger --steps1 and --steps2 extend its last or an "
-        "unfinished stage",
+        "go on with the run in --out, with its flags; only --steps1 and --steps2 may change, of "
+        "its last or an unfinished stage",
     )
 
 
@@ -177,6 +189,8 @@ EVAL_EXAMPLES = """examples:
   python eval.py --model runs/sums/stage2                   greedy, on held-out problems
   python eval.py --model runs/answers/stage2 --ask "What is half of 7?"
   python eval.py --report runs/sums                         a page on the run
+  python eval.py --report runs/eval/NAME                    .. on an evaluation, to read attempts
+It prints the metrics of TUTORIAL.md, section 10, with 95 % confidence intervals in brackets.
 """
 SHARED = ("data", "columns", "prompt", "correction", "thinking", "date")  # eval.py has them, too
 PATHS = ("model", "init", "data", "prompt", "correction")  # may name a file or a folder
@@ -369,7 +383,7 @@ def defaults_of(item) -> str:
     tasks: dict[object, list[str]] = {}
     for task in TASKS:
         tasks.setdefault(settings_of(task).get(item.name, item.default), []).append(task)
-    texts = {default: "none" if default == "" else f"{default}" for default in tasks}
+    texts = {default: item.metadata["none"] if default == "" else f"{default}" for default in tasks}
     if len(tasks) == 1:
         return texts[item.default]
     return "; ".join(f"{', '.join(tasks[default])} {texts[default]}" for default in tasks)
@@ -407,7 +421,9 @@ def eval_parser(words: str) -> argparse.ArgumentParser:
     other = parser.add_argument_group("instead of two attempts at each problem")
     files = parser.add_argument_group("files")
     asked.add_argument(
-        "--model", help="checkpoint folder (adapters, too), or name on the Hugging Face hub"
+        "--model",
+        help="checkpoint folder (adapters, too), or name on the Hugging Face hub; outside of a run "
+        "folder it needs --task",
     )
     words = f"{', '.join(TASKS)}, or a Python file with TASK = Task(..) (default: as in the run)"
     asked.add_argument("--task", default=argparse.SUPPRESS, help=words)
@@ -426,10 +442,14 @@ def eval_parser(words: str) -> argparse.ArgumentParser:
         "--attempts",
         type=int,
         default=2,
+        metavar="N",
         help="attempts at a problem (default: 2, whatever the run had)",
     )
-    words = f"temperature of sampling (default: 0, greedy; with --samples {VOTES_TEMPERATURE})"
-    how.add_argument("--temperature", type=float, help=words)
+    words = (
+        "temperature of sampling; 1 is that of training (default: 0, greedy; with --samples "
+        f"{VOTES_TEMPERATURE})"
+    )
+    how.add_argument("--temperature", type=float, metavar="X", help=words)
     words = "random seed of sampling at a temperature above 0: a number or any word (default: eval)"
     how.add_argument("--seed", default="eval", help=words)
     other.add_argument("--ask", metavar="QUESTION", help="print greedy attempts at this question")
@@ -439,8 +459,8 @@ def eval_parser(words: str) -> argparse.ArgumentParser:
     )
     other.add_argument("--repair", nargs="?", const="", metavar="FILE", help=words)
     words = (
-        "compare two ways to spend 2n attempts, for n = 1, 2, 4 .. N: a vote of 2n first ones "
-        "(parallel), or of n second ones, each after its first (sequential)"
+        "majority votes at the same budget, for n = 1, 2, 4 .. N: of 2n first attempts (parallel), "
+        "or of n second attempts, each of which also cost a first one (sequential)"
     )
     other.add_argument("--samples", type=int, default=0, metavar="N", help=words)
     words = "Self-Refine: ask for feedback on attempt 1, and then for attempt 2"
@@ -448,7 +468,8 @@ def eval_parser(words: str) -> argparse.ArgumentParser:
     words = "folder to write to (default: RUN/eval/STAGE for RUN/STAGE, else runs/eval/NAME)"
     files.add_argument("--out", type=folder, help=words)
     words = (
-        "write FOLDER/report.html on a run or an evaluation, or a page on two of them side by side"
+        "one FOLDER: write report.html there, on this run or evaluation with its transcripts; two: "
+        "a page that compares them"
     )
     files.add_argument("--report", type=folder, nargs="+", metavar="FOLDER", help=words)
     words = "draw the pictures of a run or an evaluation, into that folder"

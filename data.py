@@ -452,7 +452,8 @@ def with_texts(rows: list, texts: dict[str, bool], source: str) -> list[dict]:
             value = row.get(key)
             if texts[key] and key not in row:
                 found = ", ".join(map(repr, row))
-                raise InputError(f"{where} has no {key!r}, only {found}: rename it, see --columns")
+                remedy = "rename one, or for --task answers give --columns QUESTION,ANSWER"
+                raise InputError(f"{where} has no {key!r}, only {found}: {remedy}")
             if isinstance(value, int | float) and not isinstance(value, bool):
                 row[key] = str(value)
             elif value is not None and not isinstance(value, str):

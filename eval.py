@@ -177,6 +177,11 @@ def only_wrong(episodes: list[Episode], source: str) -> list[Episode]:
 
 # --- 3. Main -------------------------------------------------------------------------------------
 
+REMEDIES = {
+    "unreadable": "see in transcripts.jsonl if attempts end in the form that the task reads",
+    "cut_off": "raise --max-new-tokens",
+}
+
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0 done, 2 bad input, 130 Ctrl-C."""
@@ -370,6 +375,9 @@ def run_evaluation(args: Namespace, problems: list, folder: Path, settings: dict
         print(f"{name:14}{value:8.3f}" + (f"  [{', '.join(ends)}]" if name in bounds else ""))
     if groups and args.attempts > 1:
         print(as_table(groups))
+    for name, remedy in REMEDIES.items():
+        if metrics[name] > 0.1:
+            print(f"{name} is above .1: {remedy}")
     print(f"wrote {folder}/metrics.json and transcripts.jsonl")
 
 

@@ -70,6 +70,9 @@ def with_adapters(base, rank: int, seed: int, checkpoint: str = ""):
     Only the adapters can be trained. New ones depend on the seed alone, not on the machine.
     """
     peft = import_peft()
+    size = base.config.get_text_config().hidden_size
+    if rank > size:
+        raise InputError(f"--lora {rank} is above the hidden size of the model, {size}: give less")
     model = copy.deepcopy(base, memo={id(weight): weight for weight in base.parameters()})
     if has_adapters(checkpoint):
         settings = settings_of(checkpoint)

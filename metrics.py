@@ -119,6 +119,17 @@ def as_text(episode: Episode) -> str:
     return "\n".join(lines) + "\n\n"
 
 
+def first_correction(episodes: list[Episode], metrics: dict, name: str) -> str:
+    """The first episode whose attempt 1 is wrong and attempt 2 right, as lines to read."""
+    found = (e for e in episodes if e.attempts[1].reward > e.attempts[0].reward)
+    corrected = next(found, None)
+    if corrected is None:
+        right, cut_off, silent = (metrics[key] for key in ("acc_t1", "cut_off", "unreadable"))
+        shares = f"{cut_off:.0%} of all attempts are cut off, {silent:.0%} state no answer"
+        return f"{name} corrects no held-out problem; attempt 1 is right in {right:.0%}, {shares}"
+    return f"{name} corrects, on a held-out problem:\n{as_text(corrected).rstrip()}"
+
+
 def as_record(episode: Episode, source: str, weights=(), **where) -> dict:
     """An episode as a line of episodes.jsonl; weights: what multiplies each attempt's log-prob."""
     problem, kept = episode.problem, ("text", "stated", "finished", "reward")

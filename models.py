@@ -123,8 +123,8 @@ def check_name(name: str) -> None:
         if (run / "metrics.jsonl").exists():
             found = ", ".join(path.name for path in checkpoints_in(run)) or "its logs"
             raise InputError(
-                f"the run {run} has no {folder.name} yet, only {found}: go on "
-                f"with it by python score.py --resume --out {run}"
+                f"the run {run} has no {folder.name}, only {found}: correct the name, or go on "
+                f"with the run by python score.py --resume --out {run}"
             )
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise InputError(f"there is no checkpoint folder {name}: correct the path")

@@ -527,7 +527,7 @@ def raise_alarms(lines: list[dict], base: dict, progress: Progress, fresh: bool)
     moved = first and mean["kl_t1"] + mean["kl_t2"] > 1e-3
     alarms = {
         "no reward: no attempt is right, or hardly one states an answer: see in samples.txt "
-        "if answers have the form that the prompt asks for": full and unpaid,
+        "if attempts end in the form that the task reads": full and unpaid,
         "collapse: over 95 % of the answers are copied": full and collapsed,
         "sabotage: acc@t1 fell 5 points below the base while acc@t2 rose": full and fell,
         "cut off: over 10 % of attempts, raise --max-new-tokens": full and mean["cut_off"] > 0.1,

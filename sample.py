@@ -7,6 +7,7 @@ depend on the other rows of its batch. Next to read: cache.py.
 """
 
 import hashlib
+import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -206,16 +207,18 @@ def askable(problems, model, chat: Chat, sampling: Sampling) -> tuple[list[Probl
     lengths = list(map(len, chat.x1s(problems)))
     fits = [length + room <= positions for length in lengths]
     kept = [problem for problem, fit in zip(problems, fits, strict=True) if fit]
+    if not kept:
+        needed = min(lengths) + room
+        most = sampling.max_new_tokens - math.ceil((needed - positions) / sampling.attempts)
+        raise InputError(
+            f"--max-new-tokens {sampling.max_new_tokens} is too many: the shortest prompt and "
+            f"{sampling.attempts} attempts are {needed} tokens, but the model takes {positions}: "
+            + (f"give at most {most}" if most > 0 else "choose another model, or shorter prompts")
+        )
     if len(kept) < len(problems):
         skipped = len(problems) - len(kept)
         words = f"problems, whose attempts may need more than the model's {positions} tokens"
         print(f"skipped {skipped} of {len(problems)} {words}", file=sys.stderr)
-    if not kept:
-        raise InputError(
-            f"--max-new-tokens {sampling.max_new_tokens} is too many: the shortest prompt and "
-            f"{sampling.attempts} attempts are {min(lengths) + room} tokens, but the model takes "
-            f"{positions}: give less"
-        )
     return kept, room + max(n for n, fit in zip(lengths, fits, strict=True) if fit)
 
 

@@ -7,8 +7,9 @@
     what multiplies the log-prob of a token    in y1     in y2               KL penalty
       Stage I   (Eq. 3)                        0         r2                  β2 on y1, β1 on y2
       Stage II  (Eq. 4 and the bonus)          r1        r2 + α (r2 - r1)    β1 on both
-    The baseline is subtracted: mean r1, or r2, of the k - 1 siblings (samples of the problem).
-    Its bonus keeps the episode's r1, so -α r1 cancels: y2 gets (1 + α) (r2 - mean r2).
+    A baseline is subtracted: the same, with the mean r1, or r2, of the k - 1 siblings (the other
+    samples of the problem). In it the bonus has the episode's own r1, so -α r1 cancels: in Stage II
+    y2 gets (1 + α) (r2 - mean r2).
 
     (Eq. 3)  max E[ r̂(y2, y*) - β2 KL(π(·|x1) ‖ π_ref(·|x1)) ]    and Eq. 2's β1 KL on y2
     (Eq. 4)  max E[ Σᵢ r̂(yᵢ, y*) - β1 KL(π(·|xᵢ) ‖ π_ref(·|xᵢ)) ]
@@ -63,7 +64,7 @@ from learner import (
     save_training,
     write_held_out,
 )
-from metrics import as_record, as_table, as_text, measure
+from metrics import as_record, as_table, as_text, first_correction, measure
 from runs import Progress, Run
 from sample import Episode, Sampling, collate, pick, rollout, transcript
 from sft import pair_traces, star_traces
@@ -83,13 +84,13 @@ def bonus(r1: torch.Tensor, r2: torch.Tensor, alpha: float) -> torch.Tensor:
 
 
 def leave_one_out(r: torch.Tensor, k: int) -> torch.Tensor:
-    """Mean reward of an episode's k - 1 siblings (RLOO, Ahmadian et al. 2024); (B,) -> (B,).
+    """Mean reward of an episode's k - 1 siblings (RLOO, Ahmadian et al. 2024); (B, ..) -> (B, ..).
 
     An episode's own reward is left out: a baseline that depends on the sample biases the gradient.
     """
-    assert r.dim() == 1 and k >= 2 and len(r) % k == 0
-    groups = r.view(-1, k)
-    return ((groups.sum(dim=1, keepdim=True) - groups) / (k - 1)).view(-1)
+    assert k >= 2 and len(r) % k == 0
+    groups = r.unflatten(0, (-1, k))
+    return ((groups.sum(dim=1, keepdim=True) - groups) / (k - 1)).flatten(0, 1)
 
 
 # --- 3. Log-probs and KL ---------------------------------------------------------------------
@@ -136,8 +137,8 @@ def kl_penalty(attempt: AttemptBatch) -> torch.Tensor:
 
 # --- 4. The objectives -----------------------------------------------------------------------
 # They are maximised. No gradient flows from y2's reward or KL to the tokens of y1 (γ = 0). The
-# value means nothing: the loss is no learning curve. With three attempts (A.1), each is to the one
-# before it as y2 is to y1.
+# value means nothing: the loss is no learning curve. With three attempts (A.1), Stage II takes each
+# two neighbours as y1 and y2; Stage I(b) holds the first two, and pays the third.
 
 
 def stage1_objective(y: list[AttemptBatch], beta1: float, beta2: float) -> torch.Tensor:
@@ -145,7 +146,7 @@ def stage1_objective(y: list[AttemptBatch], beta1: float, beta2: float) -> torch
 
     y1 earns nothing: it is only held at the base model.
     """
-    *earlier, y2 = y  # Stage I(b) has three attempts: there y2 is the third
+    *earlier, y2 = y  # in Stage I(b) y2 is the third attempt, and both earlier ones are held
     advantage2 = y2.r - y2.baseline
     return (
         reinforce(y2, advantage2)
@@ -202,6 +203,8 @@ SCORE = (
         title="Stage I",
         folder="stage1",
         objective=lambda y, cfg: stage1_objective(y, cfg.beta1, cfg.beta2),
+        reference="base",
+        sampler="policy",
         steps="steps1",
         attempts=2,
         has_beta2=True,
@@ -212,6 +215,8 @@ SCORE = (
         title="Stage II",
         folder="stage2",
         objective=lambda y, cfg: stage2_objective(y, cfg.beta1, cfg.alpha),
+        reference="base",  # not the end of Stage I
+        sampler="policy",
         steps="steps2",
         follows="1",
         allows=("attempts", "offline"),
@@ -288,11 +293,13 @@ def log_probs_and_kl(learner: Learner, tokens: torch.Tensor, places: torch.Tenso
         ref_hidden = models.last_hidden(learner.ref, tokens)[:, :-1].flatten(0, 1)[places]
     size = max(1, LOGITS_AT_ONCE // learner.policy.config.vocab_size)
     chunks = (part.split(size) for part in (hidden, ref_hidden, chosen.flatten()[places]))
-    of_chunk = partial(recompute_in_backward, token_log_probs, learner, use_reentrant=False)
-    results = list(map(of_chunk, *chunks))
-    each = (torch.cat(parts) for parts in zip(*results, strict=True))  # (N,)
+    found = [
+        recompute_in_backward(token_log_probs, learner, *chunk, use_reentrant=False)
+        for chunk in zip(*chunks, strict=True)
+    ]
+    logp, kl = (torch.cat(parts) for parts in zip(*found, strict=True))  # (N,)
     empty = torch.zeros(chosen.numel(), device=tokens.device)
-    logp, kl = (empty.index_copy(0, places, x).view_as(chosen) for x in each)
+    logp, kl = (empty.index_copy(0, places, x).view_as(chosen) for x in (logp, kl))
     return logp, kl
 
 
@@ -300,40 +307,61 @@ def update(learner: Learner, episodes: list[Episode], stage: Stage, beta2: float
     """One Adam step on a batch of episodes; returns KL, advantage, gradient norm, on-policy gap."""
     if not episodes:  # SFT found no trace in this batch
         return dict.fromkeys(("kl_t1", "kl_t2", "advantage", "grad_norm", "on_policy_gap"), 0.0)
-    cfg, policy, device = replace(learner.cfg, beta2=beta2), learner.policy, learner.policy.device
-    rows = [transcript(episode, learner.chat) for episode in episodes]
+    device = learner.policy.device
     r = torch.tensor([[a.reward for a in episode.attempts] for episode in episodes], device=device)
-    grouped = stage.learns_from is None  # traces are no longer in groups of k: no baseline
-    baseline = [leave_one_out(column, cfg.k) for column in r.unbind(dim=1)] if grouped else []
-    kls, gaps = [], []  # of this rank's episodes
+    baseline, advantage = None, 0.0
+    if stage.learns_from is None:  # else they are traces, no longer in groups of k
+        baseline = leave_one_out(r, learner.cfg.k)
+        advantage = (r - baseline)[:, -1].abs().mean().item()
+    kls, gap = accumulate_gradients(learner, episodes, r, baseline, stage, beta2)
+    norm = adam_step(learner)
+    sums = map(sum, zip(*ranks.all_gather(kls), strict=True))
+    metrics = {f"kl_t{i}": total / len(episodes) for i, total in enumerate(sums, start=1)}
+    gap = max(ranks.all_gather([gap]))
+    return metrics | {"advantage": advantage, "grad_norm": norm, "on_policy_gap": gap}
+
+
+def accumulate_gradients(learner: Learner, episodes: list[Episode], r, baseline, stage, beta2):
+    """Backward of loss = -objective, its mean over all B episodes, in micro-batches.
+
+    r, baseline: (B, attempts); traces have no baseline. Returns, of this rank's episodes, the KL of
+    each attempt (rows), and the largest difference of a sampled and a scored log-prob.
+    """
+    cfg, policy = replace(learner.cfg, beta2=beta2), learner.policy
+    rows = [transcript(episode, learner.chat) for episode in episodes]
+    kls, gap = [], 0.0
     policy.train(bool(cfg.recompute))  # activations are recomputed in this mode only; dropout is 0
-    # weight: the number of ranks, since FSDP averages; 0: rows that only keep the ranks in step
+    # weight: the number of ranks, since FSDP divides by it; 0: rows that fill up, so that all ranks
+    # make equally many backward passes
     for batch, weight in ranks.local_micro_batches(list(map(len, rows)), cfg.micro_tokens):
-        tokens, attempt_ids, sampled, places = collate([rows[i] for i in batch], device)
-        logp, kl = log_probs_and_kl(learner, tokens, places)
+        tokens, attempt_ids, sampled, places = collate([rows[i] for i in batch], policy.device)
+        logp, kl = log_probs_and_kl(learner, tokens, places)  # (B, T) each
         y = []
         for i in range(r.shape[1]):
             mask = attempt_ids == i + 1  # (B, T)
-            expected = baseline[i][batch] if grouped else None
+            expected = None if baseline is None else baseline[batch, i]
             y.append(AttemptBatch(r[batch, i], expected, logp * mask, kl * mask))
-        if weight and stage.sampler == "policy":
-            gaps.append(((logp.detach() - sampled) * (attempt_ids > 0)).abs().max().item())
         loss = -weight * stage.objective(y, cfg).sum() / len(episodes)
         loss.backward()
         if weight:
-            kls += torch.stack([attempt.kl.sum(dim=1) for attempt in y], dim=1).tolist()  # B rows
+            kls += torch.stack([attempt.kl.sum(dim=1) for attempt in y], dim=1).tolist()
+        if weight and stage.sampler == "policy":
+            difference = (logp.detach() - sampled) * (attempt_ids > 0)
+            gap = max(gap, difference.abs().max().item())
     policy.eval()
-    ranks.average_gradients(policy)
-    norm = ranks.full_tensor(torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.clip))
+    return kls, gap
+
+
+def adam_step(learner: Learner) -> float:
+    """Clip the gradient, and take a step of Adam; returns the norm before clipping."""
+    ranks.average_gradients(learner.policy)
+    clipped = torch.nn.utils.clip_grad_norm_(learner.policy.parameters(), learner.cfg.clip)
+    norm = ranks.full_tensor(clipped)
     if not norm.isfinite():
         ranks.abort("the gradient is no longer finite: begin a new run with a lower --lr")
     learner.optimizer.step()
     learner.optimizer.zero_grad()  # sampling needs the memory of the gradients
-    sums = map(sum, zip(*ranks.all_gather(kls), strict=True))
-    metrics = {f"kl_t{i}": total / len(episodes) for i, total in enumerate(sums, start=1)}
-    advantage = (r[:, -1] - baseline[-1]).abs().mean().item() if grouped else 0.0
-    gap = max(ranks.all_gather([max(gaps, default=0.0)]))
-    return metrics | {"advantage": advantage, "grad_norm": norm.item(), "on_policy_gap": gap}
+    return norm.item()
 
 
 # --- 7. The loop ---------------------------------------------------------------------------------
@@ -371,17 +399,6 @@ def train(learner: Learner, run: Run, progress: Progress) -> None:
             save_training(learner, run, progress)
 
 
-def first_correction(episodes: list[Episode], metrics: dict, name: str) -> str:
-    """The first episode whose attempt 1 is wrong and attempt 2 right, as lines to read."""
-    found = (e for e in episodes if e.attempts[1].reward > e.attempts[0].reward)
-    corrected = next(found, None)
-    if corrected is None:
-        right, cut_off, silent = (metrics[key] for key in ("acc_t1", "cut_off", "unreadable"))
-        shares = f"{cut_off:.0%} of all attempts are cut off, {silent:.0%} state no answer"
-        return f"{name} corrects no held-out problem; attempt 1 is right in {right:.0%}, {shares}"
-    return f"{name} corrects, on a held-out problem:\n{as_text(corrected).rstrip()}"
-
-
 def one_step(learner: Learner, run: Run, progress: Progress, stage: Stage) -> dict:
     """Pick, roll out and judge, score, update and log; returns the line of metrics.jsonl."""
     began, cfg, number = time.perf_counter(), learner.cfg, len(run.lines)
@@ -416,8 +433,7 @@ def show(run: Run, episodes: list[Episode], stage: Stage, cfg: Config) -> None:
     weights = [()] * len(episodes)
     if stage.learns_from is None:
         r = torch.tensor([[y.reward for y in episode.attempts] for episode in episodes])
-        baseline = torch.stack([leave_one_out(one, cfg.k) for one in r.unbind(dim=1)], dim=1)
-        weights = multipliers(stage, r, baseline, cfg).tolist()
+        weights = multipliers(stage, r, leave_one_out(r, cfg.k), cfg).tolist()
     for i in shown:
         of_row = [None, *weights[i][1:]] if episodes[i].offline else weights[i]
         record = as_record(episodes[i], "training", of_row, stage=stage.title, step=step)

@@ -134,8 +134,9 @@ class Task:
     load(split, count): the first `count` problems (None: all) of "train" or of one of `splits`,
     always in the same order; it has one more parameter for each flag in `takes`.
     first(problem): the first prompt. again: the words that ask for another attempt.
-    states(attempt, problem): the answer in an attempt, None if there is none. keeps: an attempt
-    with this text keeps the answer of the attempt before. rewards(answers, problems): 1.0 or 0.0
+    states(attempt, problem): the answer in an attempt, None if there is none. form: a pattern of
+    what a prompt must say, for `states` to find an answer. keeps: an attempt with this text keeps
+    the answer of the attempt before. rewards(answers, problems): 1.0 or 0.0
     for each answer. same(one, two): are two answers the same? feedback, refine: what Self-Refine
     says instead of `again`. training: other flags of score.py.
     """
@@ -153,6 +154,7 @@ class Task:
     training: dict = field(default_factory=dict)
     splits: tuple[str, ...] = ("test",)  # held out
     takes: tuple[str, ...] = ()  # flags that only some tasks have: data, columns, ids
+    form: str = ""
     keeps: str = ""
     cue: str = ""  # what a base model, without a chat template, continues
     feedback: str = ""
@@ -193,6 +195,7 @@ MATH = Task(
     first=ask_math,
     again=MATH_CORRECTION,
     states=lambda attempt, _: rewards.final_answer(attempt),
+    form=r"box|final answer is",
     rewards=each(lambda answer, p: rewards.is_right(answer, p.answer, p.question)),
     same=rewards.same_answer,
     problems=500,
@@ -483,6 +486,11 @@ def wording_of(settings) -> Wording:
     """The Wording of a Config or of eval.py's flags; reads the files of --prompt, --correction."""
     words = {"prompt": settings.prompt, "correction": settings.correction}
     prompt, again = (read_words(f"--{name}", path) for name, path in words.items())
+    if prompt and not re.search(find_task(settings.task).form, prompt, re.IGNORECASE):
+        raise InputError(
+            f"--prompt {settings.prompt} must say how to state the answer, as \\boxed{{..}} or in "
+            "'The final answer is $..$', since nothing else is read as an answer: add it"
+        )
     try:
         date.fromisoformat(settings.date)
     except ValueError as error:
@@ -534,7 +542,7 @@ def read_words(flag: str, path: str) -> str:
     try:
         text = read_text(Path(path)).strip()
     except InputError as error:
-        raise InputError(f"{flag} {error}; it is a file with the words") from error
+        raise InputError(f"{flag} {error}") from error
     if not text:
         raise InputError(f"{flag} {path} is empty: write the words into it")
     if flag == "--prompt" and "{question}" not in text:

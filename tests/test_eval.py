@@ -1,6 +1,7 @@
 """Metrics, their intervals, and the command line of eval.py."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -75,7 +76,7 @@ def test_a_checkpoint_is_asked_as_in_its_run_unless_flags_are_given(checkpoint, 
         assert args.problems == problems
     (out / "config.json").write_text("{damaged")
     assert evaluation.main(["--model", str(out / "stage2")]) == 2
-    assert f"the run {out} has no stage2 yet, only stage1: go on" in capsys.readouterr().err
+    assert f"the run {out} has no stage2, only stage1: correct the name" in capsys.readouterr().err
     assert evaluation.main(["--model", str(out / "stage1")]) == 2
     assert "stage1 is in no run folder: name its --task" in capsys.readouterr().err
     assert evaluation.main(["--model", "runs/gone/stage2"]) == 2
@@ -90,6 +91,23 @@ def test_an_evaluation_is_not_written_to_a_folder_of_other_files(checkpoint, tmp
     for out in (tmp_path / "notes", checkpoint):
         assert run_eval("--model", checkpoint, "--problems", 2, "--out", out) == 2
         assert f"--out {out} holds" in capsys.readouterr().err
+
+
+def test_attempts_that_are_cut_off_or_state_nothing_are_told_with_a_remedy(checkpoint, capsys):
+    assert run_eval("--model", checkpoint, "--problems", 4, "--max-new-tokens", 1) == 0
+    printed = capsys.readouterr().out
+    assert "cut_off is above .1: raise --max-new-tokens" in printed
+    assert "unreadable is above .1: see in transcripts.jsonl" in printed
+
+
+def test_too_many_tokens_are_answered_with_the_most_that_fit(checkpoint, tmp_path, capsys):
+    flags = ["--model", checkpoint, "--problems", 2, "--attempts", 3, "--out", tmp_path / "out"]
+    assert run_eval(*flags, "--max-new-tokens", 10**5) == 2
+    message = capsys.readouterr().err
+    most = int(re.search(r"give at most (\d+)", message)[1])
+    assert "skipped" not in message
+    assert run_eval(*flags, "--max-new-tokens", most + 1) == 2
+    assert run_eval(*flags, "--max-new-tokens", most) == 0
 
 
 def test_an_interval_is_never_minus_zero(checkpoint, monkeypatch, capsys):

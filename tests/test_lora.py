@@ -340,6 +340,7 @@ def test_new_adapters_are_the_same_for_a_seed(model):
     ("flags", "words"),
     [
         (["--lora", "-1"], "--lora -1 is negative: give 0 or more"),
+        (["--lora", "9999"], "--lora 9999 is above the hidden size of the model"),
         (["--init", "adapters"], "holds LoRA adapters, not a whole model"),
         (["--model", "adapters", "--lora", "4"], "holds LoRA adapters, not a whole model"),
         (["--init", "adapters", "--lora", "8"], "has rank 4: give --lora 4"),

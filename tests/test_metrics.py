@@ -6,7 +6,15 @@ from dataclasses import replace
 import pytest
 
 from data import Problem
-from metrics import as_table, by_group, edit_ratio, evaluate, intervals, measure
+from metrics import (
+    as_table,
+    by_group,
+    edit_ratio,
+    evaluate,
+    first_correction,
+    intervals,
+    measure,
+)
 from sample import Attempt, Episode, Sampling
 
 PROBLEM = Problem("1+1 =", "2", "sums", "p")
@@ -147,3 +155,24 @@ def test_samples_of_one_problem_differ_and_do_not_depend_on_the_rows(model, chat
         found.append([[attempt.tokens for attempt in e.attempts] for e in episodes])
     assert found[0] == found[1] == found[2]
     assert len({str(attempts) for attempts in found[0]}) > 1
+
+
+def test_the_episode_that_is_shown_as_a_correction_is_a_correction():
+    problem = Problem("2+5 9+0 3+8 =", "8 0 1", "sums", "p")
+    wrong = Attempt([1], [0.0], "fast 7 9 1", "7 9 1", True, 0.0)
+    right = Attempt([1], [0.0], "no 8 0 1", "8 0 1", True, 1.0)
+    kinds = [(wrong, wrong), (right, right), (right, wrong)]
+    others = [Episode(problem, [1], pair) for pair in kinds]
+    shares = {"acc_t1": 1 / 3, "cut_off": 0.25, "unreadable": 0.02}
+    corrected = Episode(problem, [1], (wrong, right))
+    shown = first_correction([*others, corrected], shares, "stage2")
+    assert shown.splitlines() == [
+        "stage2 corrects, on a held-out problem:",
+        "  problem    2+5 9+0 3+8 =   (answer: 8 0 1)",
+        "  attempt 1  fast 7 9 1   wrong",
+        "  attempt 2  no 8 0 1   right",
+    ]
+    assert first_correction(others, shares, "stage2") == (
+        "stage2 corrects no held-out problem; attempt 1 is right in 33%, "
+        "25% of all attempts are cut off, 2% state no answer"
+    )

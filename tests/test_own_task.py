@@ -1,6 +1,7 @@
 """Your own task: a Python file, or files of questions and answers."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
@@ -11,6 +12,7 @@ from test_runs import signals  # noqa: F401
 import eval as evaluation
 import score
 import tasks
+from config import Config
 from data import InputError, own_problems
 from models import save_checkpoint
 from tasks import find_task, load_problems
@@ -176,7 +178,8 @@ def test_columns_may_have_other_names_and_solutions_end_in_their_answer(folder, 
     for columns in ("q", "q,how,why", ","):
         with pytest.raises(InputError, match="must name two"):
             load_problems("answers", "train", data=str(folder), columns=columns)
-    with pytest.raises(InputError, match=r"train.jsonl, line 1 has no 'question', only 'q', 'how'"):
+    lacking = "train.jsonl, line 1 has no 'question', only 'q', 'how': rename one, or for --task"
+    with pytest.raises(InputError, match=f"{lacking} answers give --columns"):
         load_problems("answers", "train", data=str(folder))
     (folder / "test.jsonl").write_text(as_jsonl([{"q": " a?", "how": "4"}]))
     own_problems.cache_clear()
@@ -231,7 +234,7 @@ def test_a_data_set_of_the_hub_may_have_a_configuration(folder, tmp_path, monkey
 def test_own_questions_are_asked_with_own_prompts(folder, small, tmp_path, monkeypatch, capsys):
     for split, rows in (("train", TRAIN), ("test", TEST)):
         (folder / f"{split}.csv").write_text(as_csv(rows), encoding="utf-8")
-    (tmp_path / "prompt.txt").write_text("Answer this: {question} Please!")
+    (tmp_path / "prompt.txt").write_text("Answer this: {question} Box it!")
     (tmp_path / "again.txt").write_text("Look again.\n")
     words = ["--prompt", tmp_path / "prompt.txt", "--correction", tmp_path / "again.txt"]
     flags = ["--task", "answers", "--data", folder, "--model", small, "--max-new-tokens", 8, *words]
@@ -273,13 +276,24 @@ def test_own_questions_are_asked_with_own_prompts(folder, small, tmp_path, monke
     lines = (out / "eval" / "stage2" / "transcripts.jsonl").read_text().splitlines()
     tokenizer = gemma_tokenizer()
     x1 = tokenizer.decode(json.loads(lines[0])["x1"])
-    assert "Answer this: Half of 1? Please!" in x1 and "math expert" not in x1
+    assert "Answer this: Half of 1? Box it!" in x1 and "math expert" not in x1
     wording = tasks.Wording(again="Look again.")
     chat = tasks.read_chat(tokenizer, gemma_model(tokenizer), "answers", wording)
     assert "Look again." in tokenizer.decode(chat.p1)
     (tmp_path / "prompt.txt").write_text("Answer this:")
     text = tasks.read_words("--prompt", str(tmp_path / "prompt.txt"))
     assert text == "Answer this:\n\n{question}"
+
+
+def test_a_prompt_must_say_in_which_form_an_answer_is_read(tmp_path):
+    (tmp_path / "prompt.txt").write_text("Answer this.")
+    for task, refused in (("answers", True), ("math", True), ("sums", False)):
+        cfg = Config(task=task, prompt=str(tmp_path / "prompt.txt"))
+        with pytest.raises(InputError, match="must say how") if refused else nullcontext():
+            tasks.wording_of(cfg)
+    for words in (r"Put it into \boxed{}.", "End with: The Final answer is $42$."):
+        (tmp_path / "prompt.txt").write_text(words)
+        assert words in tasks.wording_of(cfg).prompt
 
 
 @pytest.mark.parametrize("text", ["Answer: {quesiton}", "{ question }?", "{problem} box it"])

@@ -132,15 +132,18 @@ def test_the_tables_are_those_of_the_results_in_assets():
     means = {name: [statistics.mean(row[c]) for c in ("acc_t1", "acc_t2")] for name, row in rows}
     for name in ("direct", "no-bonus", "no-stage1", "star", "pair"):
         assert " / ".join(map(tables.short, means[name])) in " ".join(RESULTS.split()), name
-    others = [*elsewhere.values(), tables.read(tables.DEFAULT)]
-    assert tables.summary(results, others) in README
-    for row, name in (("stage1", "stage1"), ("stage2", "score")):
-        ends = [
-            x for one in (results, *others) for x in one["rows"].get(name, {}).get("acc_t2", [])
-        ]
-        said = f"{row} between {tables.short(min(ends))} and {tables.short(max(ends))}"
+    single = {words: tables.read(name) for name, words in tables.FIRST_SEEDS.items()}
+    assert tables.first_seeds(single) in RESULTS
+    others = [*elsewhere.values(), *single.values()]
+    runs = sum(len(one["seeds"]) for one in (results, *others))
+    assert f"{runs} runs" in " ".join(README.split()) and f"{runs} runs" in RESULTS
+    assert tables.summary(results) in README
+    for words, name in (("acc@t2 ended at", "score"), ("(stage1:", "stage1")):
+        every = (one["rows"].get(name, {}).get("acc_t2", []) for one in (results, *others))
+        ends = [x for column in every for x in column]
+        said = f"{words} {tables.short(min(ends))} to {tables.short(max(ends))}"
         assert said in " ".join(README.split())
-    assert others[-1]["seeds"] == [Config.seed]
+    assert sum(Config.seed in one["seeds"] for one in others) == 3
     of_the_map = json.loads((ROOT / "assets" / "map.json").read_text())
     assert of_the_map["settings"] == {} and len(of_the_map["seeds"]) == 3
     assert landscape.table(of_the_map) in RESULTS

@@ -93,7 +93,7 @@ def test_a_run_that_has_just_begun_is_shown(checkpoint, tmp_path, monkeypatch):
 
 def test_the_factors_are_those_of_the_objectives():
     r = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
-    baseline = torch.stack([leave_one_out(one, 4) for one in r.unbind(dim=1)], dim=1)
+    baseline = leave_one_out(r, 4)
     first = score.multipliers(STAGES["1"], r, baseline, Config())
     second = score.multipliers(STAGES["2"], r, baseline, Config(alpha=10.0))
     less_mean = torch.tensor([1.0, -1.0, 1.0, -1.0]) * 2 / 3  # r2 minus its siblings' mean

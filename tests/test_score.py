@@ -217,6 +217,8 @@ def test_the_baseline_is_the_mean_of_the_siblings_without_the_own_sample():
     r = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0])
     torch.testing.assert_close(leave_one_out(r, 3), torch.tensor([0.0, 0.5, 0.5, 1.0, 0.5, 0.5]))
     torch.testing.assert_close(r + 5 - leave_one_out(r + 5, 3), r - leave_one_out(r, 3))
+    of_both = leave_one_out(torch.stack([r, 1 - r], dim=1), 3)  # each attempt has its own baseline
+    torch.testing.assert_close(of_both[:, 1], leave_one_out(1 - r, 3))
 
 
 # --- 3. One update on a model ------------------------------------------------------------------
@@ -521,24 +523,3 @@ def test_beta2_follows_the_ratio_of_reward_and_kl_by_a_tenth_a_step_within_bound
         assert adapted_beta2(beta2, line, cfg) == pytest.approx(expected)
         both = {**line, "stage": "1b", "kl_t1": kl / 4, "kl_t2": 3 * kl / 4, "kl_t3": 99.0}
         assert adapted_beta2(beta2, both, cfg) == pytest.approx(expected)
-
-
-def test_the_episode_that_is_shown_as_a_correction_is_a_correction():
-    problem = score.Problem("2+5 9+0 3+8 =", "8 0 1", "sums", "p")
-    wrong = Attempt([1], [0.0], "fast 7 9 1", "7 9 1", True, 0.0)
-    right = Attempt([1], [0.0], "no 8 0 1", "8 0 1", True, 1.0)
-    kinds = [(wrong, wrong), (right, right), (right, wrong)]
-    others = [score.Episode(problem, [1], pair) for pair in kinds]
-    shares = {"acc_t1": 1 / 3, "cut_off": 0.25, "unreadable": 0.02}
-    corrected = score.Episode(problem, [1], (wrong, right))
-    shown = score.first_correction([*others, corrected], shares, "stage2")
-    assert shown.splitlines() == [
-        "stage2 corrects, on a held-out problem:",
-        "  problem    2+5 9+0 3+8 =   (answer: 8 0 1)",
-        "  attempt 1  fast 7 9 1   wrong",
-        "  attempt 2  no 8 0 1   right",
-    ]
-    assert score.first_correction(others, shares, "stage2") == (
-        "stage2 corrects no held-out problem; attempt 1 is right in 33%, "
-        "25% of all attempts are cut off, 2% state no answer"
-    )
