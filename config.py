@@ -39,7 +39,7 @@ class Config:
         "1,2",
         "stages to train, in order: 1 and 2 are Stage I and Stage II of SCoRe, 1b is Stage I for "
         "a third attempt; for comparison: 0 (single-turn RL), star, star+, pair, pair+ (supervised "
-        "learning)",
+        "learning); direct RL is --stage 2 --alpha 0 with --init set to the base model",
     )
     model: str = flag(
         "builtin", "base model: builtin, a checkpoint folder, or a name on the Hugging Face hub"
@@ -109,7 +109,9 @@ class Config:
     )
     alpha: float = flag(10.0, "weight of the bonus on attempt 2 in Stage II; as in Table 8")
     beta1: float = flag(
-        0.12, "weight of the KL penalty, except on attempt 1 in Stage I; Table 8 has 0.01"
+        0.12,
+        "weight of the KL penalty, except on attempt 1 in Stage I; Table 8 has 0.01 (why 0.12 for "
+        "sums: TUTORIAL.md, section 7)",
     )
     beta2: float = flag(
         0.1, "weight of the KL penalty on attempt 1 in Stage I; as in Table 8 for MATH"
@@ -124,8 +126,8 @@ class Config:
     )
     offline: float = flag(
         0.0,
-        "share of problems, 0 to 1, whose attempt 1 is the base model's, not the policy's (section "
-        "5.3)",
+        "share of problems, 0 to 1, whose attempt 1 is sampled from the base model instead of the "
+        "policy (section 5.3); not about the network",
     )
     clip: float = flag(1.0, "largest norm of a gradient; NOT STATED, 1 is usual")
     max_new_tokens: int = flag(
@@ -164,8 +166,8 @@ class Config:
     tensorboard: int = flag(0, "1: also write the metrics for TensorBoard")
     resume: bool = flag(
         False,
-        "go on with the run in --out, with its flags; only --steps1 and --steps2 may change, of "
-        "its last or an unfinished stage",
+        "go on with the run in --out; all flags are the run's, only the steps of a stage that is "
+        "unfinished, or the last, may be changed (--steps1, --steps2)",
     )
 
 
@@ -180,7 +182,8 @@ SOURCES = """Table 8 and the sections are those of the paper, arXiv 2409.12917 (
 NOT STATED: the paper does not say it, so the default is our choice."""
 EXAMPLES = """examples:
   python score.py                                  the built-in task, on a CPU
-  python score.py --task math --lora 16 --rows 32  Gemma 2 2B on one GPU of 24 GB
+  python score.py --task math --lora 16 --rows 32 --batch 64 --steps1 50 --steps2 50
+                                                   a try: Gemma 2 2B on one GPU of 24 GB
   python score.py --task answers --data D --model NAME --lora 16 --batch 64 --steps1 50 --steps2 50
   python score.py --resume --out runs/math         go on after a stop
 """
@@ -190,7 +193,8 @@ EVAL_EXAMPLES = """examples:
   python eval.py --model runs/answers/stage2 --ask "What is half of 7?"
   python eval.py --report runs/sums                         a page on the run
   python eval.py --report runs/eval/NAME                    .. on an evaluation, to read attempts
-It prints the metrics of TUTORIAL.md, section 10, with 95 % confidence intervals in brackets.
+It prints acc_t1, acc_t2, delta (acc_t2 - acc_t1), delta_i_to_c (corrected), delta_c_to_i (spoilt),
+copied and others (TUTORIAL.md, section 10), with 95 % confidence intervals in brackets.
 """
 SHARED = ("data", "columns", "prompt", "correction", "thinking", "date")  # eval.py has them, too
 PATHS = ("model", "init", "data", "prompt", "correction")  # may name a file or a folder
@@ -352,6 +356,7 @@ def raise_input_error(message: str) -> None:
 def help_parser(words: str, examples: str) -> argparse.ArgumentParser:
     """A parser whose --help begins with the first line of `words` and ends with `examples`."""
     parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]",
         description=words.partition("\n")[0],
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -459,8 +464,8 @@ def eval_parser(words: str) -> argparse.ArgumentParser:
     )
     other.add_argument("--repair", nargs="?", const="", metavar="FILE", help=words)
     words = (
-        "majority votes at the same budget, for n = 1, 2, 4 .. N: of 2n first attempts (parallel), "
-        "or of n second attempts, each of which also cost a first one (sequential)"
+        "compare two majority votes of equal cost: of 2n first attempts (parallel), and of n "
+        "second attempts, each after its own first one (sequential); for n = 1, 2, 4 .. N"
     )
     other.add_argument("--samples", type=int, default=0, metavar="N", help=words)
     words = "Self-Refine: ask for feedback on attempt 1, and then for attempt 2"

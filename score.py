@@ -4,12 +4,11 @@
            │                        │
            r1 = r̂(y1, y*)           r2 = r̂(y2, y*)        1 if the answer is right, else 0
 
-    what multiplies the log-prob of a token    in y1     in y2               KL penalty
-      Stage I   (Eq. 3)                        0         r2                  β2 on y1, β1 on y2
-      Stage II  (Eq. 4 and the bonus)          r1        r2 + α (r2 - r1)    β1 on both
-    A baseline is subtracted: the same, with the mean r1, or r2, of the k - 1 siblings (the other
-    samples of the problem). In it the bonus has the episode's own r1, so -α r1 cancels: in Stage II
-    y2 gets (1 + α) (r2 - mean r2).
+    what multiplies a token's log-prob   in y1          in y2                     KL penalty
+      Stage I   (Eq. 3)                  0              r2 - mean r2              β2 on y1, β1 on y2
+      Stage II  (Eq. 4 and the bonus)    r1 - mean r1   (1 + α) (r2 - mean r2)    β1 on both
+    mean: of the k - 1 siblings, the other samples of the problem. The paper gives y2 in Stage II
+    r2 + α (r2 - r1); the baseline has this episode's own r1, so -α r1 cancels.
 
     (Eq. 3)  max E[ r̂(y2, y*) - β2 KL(π(·|x1) ‖ π_ref(·|x1)) ]    and Eq. 2's β1 KL on y2
     (Eq. 4)  max E[ Σᵢ r̂(yᵢ, y*) - β1 KL(π(·|xᵢ) ‖ π_ref(·|xᵢ)) ]
@@ -196,6 +195,7 @@ def multipliers(stage: Stage, r: torch.Tensor, baseline: torch.Tensor, cfg: Conf
 
 
 # --- 5. The table of stages ----------------------------------------------------------------------
+# config.py has the fields of a Stage, and their defaults.
 
 SCORE = (
     Stage(
@@ -226,9 +226,10 @@ SCORE = (
         title="Stage I(b)",
         folder="stage1b",
         objective=lambda y, cfg: stage1_objective(y, cfg.beta1, cfg.beta2),
+        reference="before",  # NOT STATED: all of its KL is to the model of Stage I(a)
+        sampler="policy",
         steps="steps1",
         attempts=3,
-        reference="before",  # NOT STATED: all of its KL is to the model of Stage I(a)
         follows="1",
         has_beta2=True,
         allows=("attempts",),
@@ -251,7 +252,7 @@ def sft_stage(name: str, title: str, traces: Callable) -> Stage:
     )
 
 
-COMPARED = (
+COMPARED = (  # direct RL is Stage II with --alpha 0, from the base model (--init)
     Stage(
         name="0",
         title="single-turn RL",
@@ -331,8 +332,8 @@ def accumulate_gradients(learner: Learner, episodes: list[Episode], r, baseline,
     rows = [transcript(episode, learner.chat) for episode in episodes]
     kls, gap = [], 0.0
     policy.train(bool(cfg.recompute))  # activations are recomputed in this mode only; dropout is 0
-    # weight: the number of ranks, since FSDP divides by it; 0: rows that fill up, so that all ranks
-    # make equally many backward passes
+    # weight: the number of ranks, since FSDP averages over them and we want the sum; 0 for a
+    # repeated row, since every rank must call backward equally often
     for batch, weight in ranks.local_micro_batches(list(map(len, rows)), cfg.micro_tokens):
         tokens, attempt_ids, sampled, places = collate([rows[i] for i in batch], policy.device)
         logp, kl = log_probs_and_kl(learner, tokens, places)  # (B, T) each
@@ -400,7 +401,7 @@ def train(learner: Learner, run: Run, progress: Progress) -> None:
 
 
 def one_step(learner: Learner, run: Run, progress: Progress, stage: Stage) -> dict:
-    """Pick, roll out and judge, score, update and log; returns the line of metrics.jsonl."""
+    """Pick problems, roll out and judge, score and update; returns the line of metrics.jsonl."""
     began, cfg, number = time.perf_counter(), learner.cfg, len(run.lines)
     batch = pick(learner.problems, cfg.batch // cfg.k, number, cfg.seed)
     seed = f"{cfg.seed}/{number}"
@@ -463,10 +464,10 @@ def sample_episodes(
 
 
 def keep_best(learner: Learner, run: Run, progress: Progress, stage: Stage) -> None:
-    """Save the policy as the stage's checkpoint, if the reward since the last save is the best.
+    """Write the policy as the stage's checkpoint, if its rewards are the best so far.
 
-    NOT IN PAPER: this is the reward of attempt `selected_by`, averaged over the steps since then.
-    If `selected_by` is None, the policy is saved each time.
+    They are those of attempt `selected_by` (None: no choice, it is always written), averaged over
+    the steps since the last save. NOT IN PAPER: the averaging.
     """
     since, reward = min(progress.step, learner.cfg.save_every), 0.0
     if stage.selected_by is not None:

@@ -1,10 +1,11 @@
-"""When does SCoRe pay? Its gain over direct RL, for other base models of the same task.
+"""When does SCoRe help? Its gain over direct RL, for other base models of the same task.
 
 Two things change. --far of cell.py: how far a slow first attempt sees, which limits acc@t1.
 --right: how often the base model, asked again, gives a right rewrite. `python
 experiments/reproduce.py --map` makes the runs, and writes results.json, table.md and map.png.
 """
 
+import math
 from functools import cache
 from pathlib import Path
 from statistics import mean
@@ -14,7 +15,7 @@ from config import configure
 from experiments.jobs import Job
 from experiments.tables import as_markdown, mean_and_spread, short
 from figures import canvas, write_picture
-from sft import add_shortsightedly, columns_of
+from sft import FAR, PHASES, add_shortsightedly, columns_of
 from tasks import load_problems
 
 FARS = (1, 2, 3, 5)
@@ -114,4 +115,9 @@ def draw(out: Path, results: dict) -> Path:
         axis.set_ylabel("best that attempt 1 can become")
         axis.set_title(f"{title} of SCoRe minus that of direct RL", fontsize=11)
         axis.tick_params(length=0)
+        if FAR in FARS:  # the built-in task; columns are a factor apart, so it is between two
+            x = math.log(PHASES[-1].right / RIGHTS[0]) / math.log(RIGHTS[1] / RIGHTS[0])
+            y = FARS.index(FAR) - 0.3
+            axis.plot(x, y, "*", color="white", markersize=8)
+            axis.text(x + 0.1, y, "built-in task", color="white", fontsize=8, va="center")
     return write_picture(figure, out / "map.png")
