@@ -419,7 +419,8 @@ def read_text(path: Path) -> str:
         with opened(path, "rt", encoding="utf-8-sig") as file:
             return file.read()
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}): correct it or name another") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be read ({reason}): correct it or name another") from error
 
 
 def read_jsonl(path: Path, texts: dict[str, bool] | None = None) -> list[dict]:

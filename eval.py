@@ -245,7 +245,9 @@ def answer_question(args: Namespace) -> None:
     for number, attempt in enumerate(episode.attempts, start=1):
         cut = "" if attempt.finished else " (cut off: raise --max-new-tokens)"
         name = names[number - 1] if names else f"attempt {number}"
-        print(f"{name}{cut}\n{attempt.text}\n")
+        read = "nothing" if attempt.stated is None else attempt.stated
+        said = "" if "\n" in read else f"(read as the answer: {read})\n"  # else it is a program
+        print(f"{name}{cut}\n{attempt.text}\n{said}")
 
 
 def prepare(args: Namespace) -> tuple[list[Problem], Path, dict[str, str]]:
@@ -370,6 +372,7 @@ def run_evaluation(args: Namespace, problems: list, folder: Path, settings: dict
     write_atomically(folder / "transcripts.jsonl", "".join(map(transcript_line, episodes, said)))
     # written last: where it exists, the evaluation is complete
     write_atomically(folder / "metrics.json", json.dumps(record, indent=2))
+    print(f"{'problems':14}{len(episodes):8}")
     for name, value in metrics.items():
         ends = (f"{end + 0.0:.3f}" for end in (round(x, 3) for x in bounds.get(name, ())))
         print(f"{name:14}{value:8.3f}" + (f"  [{', '.join(ends)}]" if name in bounds else ""))

@@ -81,6 +81,7 @@ def resume_training(typed: dict, stages: dict[str, Stage]) -> tuple[Learner, Run
         progress.index += 1
         return learner, run, progress
     runs.read_state(run, models.state_of(learner.policy, learner.optimizer), where)
+    print(f"going on with {plan[progress.index].folder} after {progress.step} saved steps")
     if typed.keys() - {"resume", "out"}:
         runs.write_config(run, cfg, typed, base)
     return learner, run, progress

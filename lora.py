@@ -165,8 +165,10 @@ def load_tokenizer(checkpoint: str, model):
 def merge(checkpoint: str, out: Path) -> None:
     """Write W + 32/R B A as W: computed in float32, saved in the precision of the base."""
     if not has_adapters(checkpoint):
+        inside = [p for p in models.checkpoints_in(Path(checkpoint)) if has_adapters(str(p))]
         raise InputError(
             f"--merge {checkpoint} holds no adapters (no {models.ADAPTERS}): name one that does"
+            + (f", such as {inside[-1]}" if inside else "")
         )
     if any(out.glob("*")):
         raise InputError(f"--out {out} holds something already: name a new folder")

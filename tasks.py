@@ -489,7 +489,8 @@ def wording_of(settings) -> Wording:
     if prompt and not re.search(find_task(settings.task).form, prompt, re.IGNORECASE):
         raise InputError(
             f"--prompt {settings.prompt} must say how to state the answer, as \\boxed{{..}} or in "
-            "'The final answer is $..$', since nothing else is read as an answer: add it"
+            "'The final answer is $..$', since nothing else is read as an answer: add, for "
+            "example, Write the answer as \\boxed{answer}."
         )
     try:
         date.fromisoformat(settings.date)

@@ -137,6 +137,7 @@ def test_one_question_is_attempted_twice_and_not_judged(checkpoint, monkeypatch,
     [episode] = rollout(model, chat, asked, Sampling(2, 10, 0.0))
     for number, attempt in enumerate(episode.attempts, start=1):
         assert f"attempt {number}" in printed and attempt.text in printed
+    assert printed.count("(read as the answer: ") == 2
     assert ("cut off" in printed) == (not all(y.finished for y in episode.attempts))
     assert not (checkpoint.parent / "eval").exists()
     assert run_eval("--model", checkpoint.name, "--ask", " ") == 2

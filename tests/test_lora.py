@@ -390,6 +390,7 @@ def test_without_peft_one_sentence_says_what_to_install(checkpoint, tmp_path, mo
     ("flags", "words"),
     [
         (["--merge", "base", "--out", "new"], "holds no adapters"),
+        (["--merge", ".", "--out", "new"], "name one that does, such as adapters"),
         (["--merge", "adapters", "--out", "base"], "holds something already"),
         (["--merge", "adapters"], "--out"),
         (["--merge", "adapters", "--out", "base/config.json"], "is a file"),

@@ -115,7 +115,9 @@ def test_a_signal_saves_and_resume_goes_on_bit_for_bit(
             interrupt_at(patch, step, lambda number=number: os.kill(os.getpid(), number))
             assert run_score("--model", checkpoint, "--out", out, *SMALL) == status
         assert f"python score.py --resume --out {out}" in capsys.readouterr().out
+        saved = json.loads((out / "state" / "where.json").read_text())["progress"]["step"]
         assert run_score("--resume", "--out", out) == 0
+        assert f"after {saved} saved steps" in capsys.readouterr().out
         assert_equal(tree(out), tree(finished))
 
 
