@@ -39,7 +39,7 @@ class Config:
         "1,2",
         "stages to train, in order: 1 and 2 are Stage I and Stage II of SCoRe, 1b is Stage I for "
         "a third attempt; for comparison: 0 (single-turn RL), star, star+, pair, pair+ (supervised "
-        "learning); direct RL is --stage 2 --alpha 0 with --init set to the base model",
+        "learning); direct RL: see the examples",
     )
     model: str = flag(
         "builtin", "base model: builtin, a checkpoint folder, or a name on the Hugging Face hub"
@@ -69,7 +69,8 @@ class Config:
     )
     correction: str = flag(
         "",
-        "text file with your own words that ask for another attempt; ask for the form again",
+        "text file with your own words that ask for another attempt; they should name the form of "
+        "the answer again",
         none="the task's",
     )
     thinking: int = flag(0, "1: let the chat template ask for thinking first, as Qwen3's can")
@@ -91,7 +92,9 @@ class Config:
     )
     steps2: int = flag(120, "updates in each of the stages 2, star, star+, pair and pair+")
     attempts: int = flag(
-        2, "attempts at a problem, in Stage II and in evaluations; 3 goes with --stage 1,1b,2"
+        2,
+        "attempts at a problem, in Stage II and in the run's own evaluations; 3 goes with --stage "
+        "1,1b,2",
     )
     batch: int = flag(
         128,
@@ -118,8 +121,8 @@ class Config:
     )
     adaptive_beta2: bool = flag(
         False,
-        "change beta2 in training, so that its penalty becomes as large as the advantage; the "
-        "rule is NOT STATED",
+        "change beta2 at each step, so that beta2 times the KL of attempt 1 becomes as large as "
+        "the mean advantage of attempt 2; the rule is NOT STATED",
     )
     temperature: float = flag(
         1.0, "temperature at which the policy is sampled and scored; as in Table 8"
@@ -127,7 +130,7 @@ class Config:
     offline: float = flag(
         0.0,
         "share of problems, 0 to 1, whose attempt 1 is sampled from the base model instead of the "
-        "policy (section 5.3); not about the network",
+        "policy (section 5.3)",
     )
     clip: float = flag(1.0, "largest norm of a gradient; NOT STATED, 1 is usual")
     max_new_tokens: int = flag(
@@ -186,6 +189,8 @@ EXAMPLES = """examples:
                                                    a try: Gemma 2 2B on one GPU of 24 GB
   python score.py --task answers --data D --model NAME --lora 16 --batch 64 --steps1 50 --steps2 50
   python score.py --resume --out runs/math         go on after a stop
+  python score.py --stage 2 --alpha 0 --model runs/sums/base --init runs/sums/base --steps2 240 \\
+    --out runs/direct                              direct RL, from the base model of runs/sums
 """
 EVAL_EXAMPLES = """examples:
   python eval.py --model NAME --task answers --data FOLDER  a base model, on your own questions
@@ -459,8 +464,8 @@ def eval_parser(words: str) -> argparse.ArgumentParser:
     how.add_argument("--seed", default="eval", help=words)
     other.add_argument("--ask", metavar="QUESTION", help="print greedy attempts at this question")
     words = (
-        "correct given wrong first attempts: from a JSONL file (id and attempts as in "
-        "transcripts.jsonl, or task_id and program), or, without FILE, the base model's"
+        "only attempt 2, after wrong first attempts of others: those in a JSONL FILE (id and "
+        "attempts as in transcripts.jsonl, or task_id and program), or those of the base model"
     )
     other.add_argument("--repair", nargs="?", const="", metavar="FILE", help=words)
     words = (

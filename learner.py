@@ -108,6 +108,37 @@ def save_training(learner: Learner, run: Run, progress: Progress) -> None:
     runs.write_state(run, tensors, {"progress": asdict(progress), "stage": learner.cfg.stage})
 
 
+def save_if_due(learner: Learner, run: Run, progress: Progress, stage: Stage, stop: int) -> None:
+    """Save every `save_every` steps, at the end of a stage, and if a signal says stop.
+
+    The first two may also write the checkpoint of the stage.
+    """
+    steps, every = getattr(learner.cfg, stage.steps), learner.cfg.save_every
+    window_full, last = progress.step % every == 0, progress.step == steps
+    # the reward of a short last window is too noisy to choose by
+    if window_full or (last and (steps < every or stage.selected_by is None)):
+        keep_best(learner, run, progress, stage)
+    if window_full or last or stop:
+        save_training(learner, run, progress)
+
+
+def keep_best(learner: Learner, run: Run, progress: Progress, stage: Stage) -> None:
+    """Write the policy as the stage's checkpoint, if its rewards are the best so far.
+
+    They are those of attempt `selected_by` (None: no choice, it is always written), averaged over
+    the steps since the last save. NOT IN PAPER: the averaging.
+    """
+    since, reward = min(progress.step, learner.cfg.save_every), 0.0
+    if stage.selected_by is not None:
+        attempts = range(1, 1 + (stage.attempts or learner.cfg.attempts))
+        accuracy = f"acc_t{attempts[stage.selected_by]}"
+        reward = sum(line[accuracy] for line in run.lines[-since:]) / since
+    if reward >= progress.best:
+        progress.best, policy = reward, ranks.unshard(learner.policy, learner.full_copy)
+        if ranks.rank() == 0:
+            models.save_checkpoint(run.folder / stage.folder, policy, learner.chat.tokenizer)
+
+
 def build(cfg: Config, plan: list[Stage], init: str, reuse_base: bool) -> tuple[Learner, str]:
     """The Learner of a run, and the fingerprint of its base model.
 

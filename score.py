@@ -7,8 +7,8 @@
     what multiplies a token's log-prob   in y1          in y2                     KL penalty
       Stage I   (Eq. 3)                  0              r2 - mean r2              β2 on y1, β1 on y2
       Stage II  (Eq. 4 and the bonus)    r1 - mean r1   (1 + α) (r2 - mean r2)    β1 on both
-    mean: of the k - 1 siblings, the other samples of the problem. The paper gives y2 in Stage II
-    r2 + α (r2 - r1); the baseline has this episode's own r1, so -α r1 cancels.
+    mean: over the k - 1 siblings, the other samples of the problem. In the paper y2 earns
+    r2 + α (r2 - r1) in Stage II. The baseline subtracts the same -α r1, so r1 drops out.
 
     (Eq. 3)  max E[ r̂(y2, y*) - β2 KL(π(·|x1) ‖ π_ref(·|x1)) ]    and Eq. 2's β1 KL on y2
     (Eq. 4)  max E[ Σᵢ r̂(yᵢ, y*) - β1 KL(π(·|xᵢ) ‖ π_ref(·|xᵢ)) ]
@@ -60,6 +60,7 @@ from learner import (
     held_out,
     leave_stage,
     open_training,
+    save_if_due,
     save_training,
     write_held_out,
 )
@@ -127,7 +128,8 @@ def kl_penalty(attempt: AttemptBatch) -> torch.Tensor:
     """Σ_t KL_t, with the whole gradient of its expectation; (B,).
 
     ∇ E[Σ_t KL_t] = E[Σ_t ∇KL_t + ∇log π(y_t) Σ_{t' > t} KL_t']: a token pays for its own KL, and
-    also for that of the tokens that it leads to in its attempt.
+    also for that of the tokens that it leads to in its attempt. That second part is there for its
+    gradient alone: the value is not the KL.
     """
     kl, logp = attempt.kl, attempt.logp  # (B, T)
     kl_to_come = (kl.sum(dim=1, keepdim=True) - kl.cumsum(dim=1)).detach()  # (B, T)
@@ -136,8 +138,8 @@ def kl_penalty(attempt: AttemptBatch) -> torch.Tensor:
 
 # --- 4. The objectives -----------------------------------------------------------------------
 # They are maximised. No gradient flows from y2's reward or KL to the tokens of y1 (γ = 0). The
-# value means nothing: the loss is no learning curve. With three attempts (A.1), Stage II takes each
-# two neighbours as y1 and y2; Stage I(b) holds the first two, and pays the third.
+# value means nothing: the loss is no learning curve. With three attempts (A.1), Stage II gives the
+# bonus to (y1, y2) and to (y2, y3); Stage I(b) rewards y3, and holds y1 and y2.
 
 
 def stage1_objective(y: list[AttemptBatch], beta1: float, beta2: float) -> torch.Tensor:
@@ -161,7 +163,7 @@ def stage2_objective(y: list[AttemptBatch], beta1: float, alpha: float) -> torch
     So -α r1, known before y2 is sampled, cancels: advantage2 = (1 + α) (r2 - siblings' mean r2).
     """
     advantages = [y[0].r - y[0].baseline]
-    for y1, y2 in pairwise(y):
+    for y1, y2 in pairwise(y):  # with two attempts this is one pair
         earned = y2.r + bonus(y1.r, y2.r, alpha)
         expected = y2.baseline + bonus(y1.r, y2.baseline, alpha)
         advantages.append(earned - expected)
@@ -184,7 +186,8 @@ def likelihood_objective(y2: AttemptBatch) -> torch.Tensor:
 def multipliers(stage: Stage, r: torch.Tensor, baseline: torch.Tensor, cfg: Config) -> torch.Tensor:
     """What multiplies the log-prob of each token in an attempt, without the KL; (B, attempts).
 
-    It is the derivative of the objective, for episodes with these rewards and baselines.
+    It is the derivative of the objective, for episodes with these rewards and baselines. For logs
+    and pictures: training does not need it.
     """
     assert r.dim() == 2 and r.shape == baseline.shape
     logp = [torch.zeros(len(r), 1, requires_grad=True) for _ in r[0]]
@@ -288,7 +291,7 @@ def log_probs_and_kl(learner: Learner, tokens: torch.Tensor, places: torch.Tenso
     places (N,): indices of those tokens among the B * T. Logits are large, so they are computed for
     these places only, in chunks, and once more in backward.
     """
-    chosen = tokens[:, 1:]  # (B, T)
+    chosen = tokens[:, 1:]  # (B, T); the hidden state before a token predicts it
     hidden = models.last_hidden(learner.policy, tokens)[:, :-1].flatten(0, 1)[places]  # (N, d)
     with torch.no_grad():
         ref_hidden = models.last_hidden(learner.ref, tokens)[:, :-1].flatten(0, 1)[places]
@@ -310,16 +313,16 @@ def update(learner: Learner, episodes: list[Episode], stage: Stage, beta2: float
         return dict.fromkeys(("kl_t1", "kl_t2", "advantage", "grad_norm", "on_policy_gap"), 0.0)
     device = learner.policy.device
     r = torch.tensor([[a.reward for a in episode.attempts] for episode in episodes], device=device)
-    baseline, advantage = None, 0.0
+    baseline, size = None, 0.0
     if stage.learns_from is None:  # else they are traces, no longer in groups of k
         baseline = leave_one_out(r, learner.cfg.k)
-        advantage = (r - baseline)[:, -1].abs().mean().item()
+        size = (r - baseline)[:, -1].abs().mean().item()  # for the log
     kls, gap = accumulate_gradients(learner, episodes, r, baseline, stage, beta2)
     norm = adam_step(learner)
     sums = map(sum, zip(*ranks.all_gather(kls), strict=True))
     metrics = {f"kl_t{i}": total / len(episodes) for i, total in enumerate(sums, start=1)}
     gap = max(ranks.all_gather([gap]))
-    return metrics | {"advantage": advantage, "grad_norm": norm, "on_policy_gap": gap}
+    return metrics | {"advantage": size, "grad_norm": norm, "on_policy_gap": gap}
 
 
 def accumulate_gradients(learner: Learner, episodes: list[Episode], r, baseline, stage, beta2):
@@ -332,8 +335,8 @@ def accumulate_gradients(learner: Learner, episodes: list[Episode], r, baseline,
     rows = [transcript(episode, learner.chat) for episode in episodes]
     kls, gap = [], 0.0
     policy.train(bool(cfg.recompute))  # activations are recomputed in this mode only; dropout is 0
-    # weight: the number of ranks, since FSDP averages over them and we want the sum; 0 for a
-    # repeated row, since every rank must call backward equally often
+    # weight: FSDP averages gradients over the ranks, but we want the sum, so it is their number. A
+    # rank without rows left repeats one with weight 0: all ranks must call backward equally often
     for batch, weight in ranks.local_micro_batches(list(map(len, rows)), cfg.micro_tokens):
         tokens, attempt_ids, sampled, places = collate([rows[i] for i in batch], policy.device)
         logp, kl = log_probs_and_kl(learner, tokens, places)  # (B, T) each
@@ -342,7 +345,7 @@ def accumulate_gradients(learner: Learner, episodes: list[Episode], r, baseline,
             mask = attempt_ids == i + 1  # (B, T)
             expected = None if baseline is None else baseline[batch, i]
             y.append(AttemptBatch(r[batch, i], expected, logp * mask, kl * mask))
-        loss = -weight * stage.objective(y, cfg).sum() / len(episodes)
+        loss = -weight * stage.objective(y, cfg).sum() / len(episodes)  # mean over all B episodes
         loss.backward()
         if weight:
             kls += torch.stack([attempt.kl.sum(dim=1) for attempt in y], dim=1).tolist()
@@ -381,12 +384,7 @@ def train(learner: Learner, run: Run, progress: Progress) -> None:
                 stop = max(ranks.all_gather([run.signal]))  # a signal to one rank stops all
                 bar.update()
                 bar.set_postfix({key: f"{line[key]:.2f}" for key in ("acc_t1", "acc_t2", "copied")})
-                window_full, last = progress.step % cfg.save_every == 0, progress.step == steps
-                # the reward of a short last window is too noisy to choose by
-                if window_full or (last and (steps < cfg.save_every or stage.selected_by is None)):
-                    keep_best(learner, run, progress, stage)
-                if window_full or last or stop:
-                    save_training(learner, run, progress)
+                save_if_due(learner, run, progress, stage, stop)
                 if stop:
                     run.signal = stop
                     return
@@ -461,23 +459,6 @@ def sample_episodes(
     policy = learner.sampler or ranks.unshard(learner.policy, learner.full_copy)
     continued = attempt(policy, problems[:split], sampling, begun) if split else []
     return continued + attempt(policy, problems[split:], sampling)
-
-
-def keep_best(learner: Learner, run: Run, progress: Progress, stage: Stage) -> None:
-    """Write the policy as the stage's checkpoint, if its rewards are the best so far.
-
-    They are those of attempt `selected_by` (None: no choice, it is always written), averaged over
-    the steps since the last save. NOT IN PAPER: the averaging.
-    """
-    since, reward = min(progress.step, learner.cfg.save_every), 0.0
-    if stage.selected_by is not None:
-        attempts = range(1, 1 + (stage.attempts or learner.cfg.attempts))
-        accuracy = f"acc_t{attempts[stage.selected_by]}"
-        reward = sum(line[accuracy] for line in run.lines[-since:]) / since
-    if reward >= progress.best:
-        progress.best, policy = reward, ranks.unshard(learner.policy, learner.full_copy)
-        if ranks.rank() == 0:
-            models.save_checkpoint(run.folder / stage.folder, policy, learner.chat.tokenizer)
 
 
 def adapted_beta2(beta2: float, line: dict, cfg: Config) -> float:

@@ -185,41 +185,41 @@ class Claim:
     equal: bool = False
 
 
-def below(name: str, words: str) -> list[Claim]:
+def score_above(name: str, words: str) -> list[Claim]:
     """Claims that SCoRe is better than another method, in acc@t2 and in delta."""
     return [
-        Claim(f"{words}: acc@t2 below SCoRe's", ("score", "acc_t2"), (name, "acc_t2")),
-        Claim(f"{words}: delta below SCoRe's", ("score", "delta"), (name, "delta")),
+        Claim(f"acc@t2: SCoRe > {words}", ("score", "acc_t2"), (name, "acc_t2")),
+        Claim(f"delta: SCoRe > {words}", ("score", "delta"), (name, "delta")),
     ]
 
 
 def copies(name: str, words: str) -> Claim:
-    return Claim(f"{words}: copies more than SCoRe", (name, "copied"), ("score", "copied"))
+    return Claim(f"copied: {words} > SCoRe", (name, "copied"), ("score", "copied"))
 
 
 def gains_nothing(name: str, words: str) -> Claim:
-    return Claim(f"{words}: attempt 2 is no better", (name, "acc_t1"), (name, "acc_t2"), True)
+    return Claim(f"{words}: acc@t2 = acc@t1", (name, "acc_t2"), (name, "acc_t1"), True)
 
 
 CLAIMS = [
     gains_nothing("base", "base model"),
     gains_nothing("refine", "Self-Refine"),
-    Claim("STaR on D: acc@t2 below SCoRe's", ("score", "acc_t2"), ("star", "acc_t2")),
-    Claim("Pair-SFT: acc@t2 below SCoRe's", ("score", "acc_t2"), ("pair", "acc_t2")),
-    Claim("Pair-SFT corrects given attempts better than own", ("pair", "given"), ("pair", "own")),
+    Claim("acc@t2: SCoRe > STaR, D", ("score", "acc_t2"), ("star", "acc_t2")),
+    Claim("acc@t2: SCoRe > Pair-SFT, D", ("score", "acc_t2"), ("pair", "acc_t2")),
+    Claim("Pair-SFT, D corrects: given y1 > own y1", ("pair", "given"), ("pair", "own")),
     gains_nothing("single", "single-turn RL"),
     copies("direct", "direct RL"),
-    *below("direct", "direct RL"),
+    *score_above("direct", "direct RL"),
     copies("standard", "RL on y2 alone"),
-    *below("standard", "RL on y2 alone"),
-    Claim("Stage I: attempt 1 is held", ("base", "acc_t1"), ("stage1", "acc_t1"), True),
-    Claim("Stage I: delta rises", ("stage1", "delta"), ("base", "delta")),
-    Claim("Stage II: acc@t1 above Stage I's", ("score", "acc_t1"), ("stage1", "acc_t1")),
-    Claim("Stage II: acc@t2 above Stage I's", ("score", "acc_t2"), ("stage1", "acc_t2")),
-    *below("no-stage1", "without Stage I"),
-    *below("no-bonus", "without the bonus"),
-    *below("star-stage2", "STaR in Stage II"),
-    *below("offline", "no online first attempts"),
+    *score_above("standard", "RL on y2 alone"),
+    Claim("acc@t1: Stage I = base model", ("stage1", "acc_t1"), ("base", "acc_t1"), True),
+    Claim("delta: Stage I > base model", ("stage1", "delta"), ("base", "delta")),
+    Claim("acc@t1: SCoRe > Stage I", ("score", "acc_t1"), ("stage1", "acc_t1")),
+    Claim("acc@t2: SCoRe > Stage I", ("score", "acc_t2"), ("stage1", "acc_t2")),
+    *score_above("no-stage1", "without Stage I"),
+    *score_above("no-bonus", "without the bonus"),
+    *score_above("star-stage2", "STaR in Stage II"),
+    *score_above("offline", "no online first attempts"),
 ]
 
 
@@ -236,10 +236,10 @@ def claims(results: dict) -> str:
         agrees = abs(difference) < 0.005 if claim.equal else difference > 0
         sure = claim.equal or (p is not None and p < 0.05)
         verdict = ("yes" if sure else "not sure") if agrees else "**no**"
-        relation = "=" if round(difference, 3) == 0 else ">" if difference > 0 else "<"
-        numbers = f"{short(statistics.mean(large))} {relation} {short(statistics.mean(small))}"
-        lines.append([claim.words, numbers, short_p(p), verdict])
-    return as_markdown(["claim of the paper", "here", "p-value", "does it hold here?"], lines)
+        means = [short(statistics.mean(values)) for values in (large, small)]
+        lines.append([claim.words, *means, "" if claim.equal else short_p(p), verdict])
+    heads = ["claim of the paper", "first", "second", "p-value", "does it hold here?"]
+    return as_markdown(heads, lines)
 
 
 def read(name: str) -> dict:

@@ -125,9 +125,9 @@ def test_the_tables_are_those_of_the_results_in_assets():
         tables.claims(results).count, ("| yes |", "| **no** |", "| not sure |")
     )
     equal = sum(claim.equal for claim in tables.CLAIMS)
-    said = f"{len(tables.CLAIMS) - equal} claims of the paper that one number is larger"
-    for text, here in ((README, "here"), (RESULTS, "here")):
-        words = f"{said}: {here} {held - equal} hold, {failed} do not, {unsure} are unclear"
+    said = f"The paper claims of {len(tables.CLAIMS) - equal} pairs that one number is larger"
+    for text in (README, RESULTS):
+        words = f"{said}: here {held - equal} hold, {failed} do not, {unsure} are unclear"
         assert words in " ".join(text.split())
     rows = results["rows"].items()
     means = {name: [statistics.mean(row[c]) for c in ("acc_t1", "acc_t2")] for name, row in rows}
@@ -179,6 +179,6 @@ def test_every_metric_is_in_the_tutorial():
 
 
 def test_every_function_that_the_tutorial_names_exists():
-    modules = "score|sample|metrics|eval|runs|sft|tasks"
+    modules = "score|learner|sample|metrics|eval|runs|sft|tasks"
     for module, name in re.findall(rf"`({modules})\.(?!py`)(\w+)`", TUTORIAL):
         assert hasattr(__import__(module), name), f"{module}.{name}"

@@ -131,14 +131,14 @@ def test_a_claim_is_confirmed_only_if_the_numbers_show_it():
     rows["base"]["acc_t2"] = [0.52, 0.63, 0.73]  # gains more than half a point
     verdicts = {}
     for line in tables.claims({"rows": rows}).splitlines()[2:]:
-        words, _, _, verdict = (cell.strip() for cell in line.split("|")[1:-1])
+        words, *_, verdict = (cell.strip() for cell in line.split("|")[1:-1])
         verdicts[words] = verdict
     assert len(verdicts) == len(tables.CLAIMS)
-    assert verdicts["direct RL: acc@t2 below SCoRe's"] == "yes"
-    assert verdicts["direct RL: delta below SCoRe's"] == "**no**"
-    assert verdicts["base model: attempt 2 is no better"] == "**no**"
-    assert verdicts["Self-Refine: attempt 2 is no better"] == "yes"
-    assert verdicts["Stage I: delta rises"] == "**no**"  # no difference at all
+    assert verdicts["acc@t2: SCoRe > direct RL"] == "yes"
+    assert verdicts["delta: SCoRe > direct RL"] == "**no**"
+    assert verdicts["base model: acc@t2 = acc@t1"] == "**no**"
+    assert verdicts["Self-Refine: acc@t2 = acc@t1"] == "yes"
+    assert verdicts["delta: Stage I > base model"] == "**no**"  # no difference at all
     rows["direct"]["acc_t2"] = [0.30, 0.61, 0.72]  # better in one seed of three
     assert "not sure" in tables.claims({"rows": rows})
 

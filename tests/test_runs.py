@@ -17,6 +17,7 @@ from conftest import read_state
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
+import learner as learning
 import models
 import ranks
 import runs
@@ -202,13 +203,13 @@ def test_an_interrupted_stage_2_is_not_begun_again_over_itself(
 def test_a_short_last_window_does_not_choose_the_checkpoint(
     steps1, saved_at, checkpoint, tmp_path, monkeypatch
 ):
-    seen, keep_best = [], score.keep_best
+    seen, keep_best = [], learning.keep_best
 
     def recorded(learner, run, progress, *stage):
         seen.append(progress.step)
         keep_best(learner, run, progress, *stage)
 
-    monkeypatch.setattr(score, "keep_best", recorded)
+    monkeypatch.setattr(learning, "keep_best", recorded)
     flags = ["--model", checkpoint, "--out", tmp_path / "run", *SMALL, "--steps1", steps1]
     assert run_score(*flags) == 0
     assert seen == saved_at
@@ -248,7 +249,7 @@ def test_the_checkpoint_kept_is_that_of_the_best_attempts_that_the_stage_trains(
         for acc_t1, acc_t2 in lines:
             run.lines.append({"acc_t1": acc_t1, "acc_t2": acc_t2, "acc_t3": 1 - acc_t2})
             progress.step += 1
-            score.keep_best(learner, run, progress, STAGES[stage])
+            learning.keep_best(learner, run, progress, STAGES[stage])
     # the best attempts 1, attempts 2 and attempts 3 (1 - acc_t2); SFT keeps every checkpoint
     expected = [f"stage{stage}" for stage in ("0", "0", "1", "1", "1b", "1b", "1b")]
     assert saved == [*expected, "pair", "pair"]
