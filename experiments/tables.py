@@ -169,6 +169,16 @@ def first_seeds(ways: dict[str, dict]) -> str:
     return as_markdown(["`--seed`", "computed with", "after Stage I", "SCoRe"], lines)
 
 
+def longer(results: dict) -> str:
+    """Direct RL with twice the steps beside SCoRe, by seed, on the same processor."""
+    rows = [results["rows"][name] for name in ("direct", "score")]
+    lines = [
+        [f"{seed}", *(f"{short(row['acc_t1'][i])} / {short(row['acc_t2'][i])}" for row in rows)]
+        for i, seed in enumerate(results["seeds"])
+    ]
+    return as_markdown(["seed", "direct RL, 480 steps", "SCoRe, 240 steps"], lines)
+
+
 # --- 3. Claims of the paper ----------------------------------------------------------------------
 
 
@@ -252,7 +262,14 @@ def main() -> None:
     elsewhere = {words: read(name) for name, words in ELSEWHERE.items()}
     single = {words: read(name) for name, words in FIRST_SEEDS.items()}
     tables = (summary(results), claims(results), table(results), rewrites(results))
-    print(*tables, rounding(results, elsewhere), first_seeds(single), sep="\n", end="")
+    print(
+        *tables,
+        rounding(results, elsewhere),
+        first_seeds(single),
+        longer(read("direct-480")),
+        sep="\n",
+        end="",
+    )
 
 
 if __name__ == "__main__":

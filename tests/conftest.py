@@ -9,7 +9,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+# here and in the processes that tests start: two threads round differently on some processors
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"  # a missing model fails at once, without the network
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks need two GPUs, or none
 

@@ -135,6 +135,7 @@ def test_the_tables_are_those_of_the_results_in_assets():
         assert " / ".join(map(tables.short, means[name])) in " ".join(RESULTS.split()), name
     single = {words: tables.read(name) for name, words in tables.FIRST_SEEDS.items()}
     assert tables.first_seeds(single) in RESULTS
+    assert tables.longer(tables.read("direct-480")) in RESULTS
     others = [*elsewhere.values(), *single.values()]
     runs = sum(len(one["seeds"]) for one in (results, *others))
     assert f"{runs} runs" in " ".join(README.split()) and f"{runs} runs" in RESULTS
