@@ -18,7 +18,7 @@
 improves attempt 1 and then copies it. Stage I holds attempt 1 at the base model, so reward can come
 only from what attempt 2 changes. Stage II trains both; the bonus makes attempt 2 weigh 1 + α times
 as much. Credit is per attempt (γ = 0, appendix A.4): y1 is never paid for r2. If it were paid for
-the whole sum r1 + r2 + α (r2 - r1), a right y1 would cost 9 at α = 10.
+the whole sum r1 + r2 + α (r2 - r1), a right y1 would earn 9 less than a wrong one at α = 10.
 
     python score.py                 base model, Stage I and Stage II on column addition, on a CPU
     python score.py --stage 1       Stage I alone; --stage 2 goes on from it; all: see STAGES
@@ -128,8 +128,8 @@ def kl_penalty(attempt: AttemptBatch) -> torch.Tensor:
     """Σ_t KL_t, with the whole gradient of its expectation; (B,).
 
     ∇ E[Σ_t KL_t] = E[Σ_t ∇KL_t + ∇log π(y_t) Σ_{t' > t} KL_t']: a token pays for its own KL, and
-    also for that of the tokens that it leads to in its attempt. That second part is there for its
-    gradient alone: the value is not the KL.
+    also for that of the tokens that it leads to in its attempt. The second part only adds a
+    gradient, so the value is not the KL.
     """
     kl, logp = attempt.kl, attempt.logp  # (B, T)
     kl_to_come = (kl.sum(dim=1, keepdim=True) - kl.cumsum(dim=1)).detach()  # (B, T)
@@ -334,7 +334,7 @@ def accumulate_gradients(learner: Learner, episodes: list[Episode], r, baseline,
     cfg, policy = replace(learner.cfg, beta2=beta2), learner.policy
     rows = [transcript(episode, learner.chat) for episode in episodes]
     kls, gap = [], 0.0
-    policy.train(bool(cfg.recompute))  # activations are recomputed in this mode only; dropout is 0
+    policy.train(bool(cfg.recompute))  # switches recomputation on; dropout is 0
     # weight: FSDP averages gradients over the ranks, but we want the sum, so it is their number. A
     # rank without rows left repeats one with weight 0: all ranks must call backward equally often
     for batch, weight in ranks.local_micro_batches(list(map(len, rows)), cfg.micro_tokens):

@@ -118,7 +118,7 @@ def draw(out: Path, results: dict) -> Path:
         labels = [f"{by_place[far, RIGHTS[0]]['ceiling']:.2f}" for far in FARS]
         axis.set_yticks(range(len(FARS)), labels)
         axis.set_xlabel("right rewrites among later attempts of the base model's data")
-        axis.set_ylabel("best that attempt 1 can become")
+        axis.set_ylabel("accuracy of a slow attempt 1")
         axis.set_title(f"{title} of SCoRe minus that of direct RL", fontsize=11)
         axis.tick_params(length=0)
         if FAR in FARS:  # the built-in task; columns are a factor apart, so it is between two

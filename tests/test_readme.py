@@ -125,7 +125,7 @@ def test_the_tables_are_those_of_the_results_in_assets():
         tables.claims(results).count, ("| yes |", "| **no** |", "| not sure |")
     )
     equal = sum(claim.equal for claim in tables.CLAIMS)
-    said = f"The paper claims of {len(tables.CLAIMS) - equal} pairs that one number is larger"
+    said = f'We tested {len(tables.CLAIMS) - equal} comparisons of the paper ("A is above B")'
     for text in (README, RESULTS):
         words = f"{said}: here {held - equal} hold, {failed} do not, {unsure} are unclear"
         assert words in " ".join(text.split())
