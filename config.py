@@ -189,8 +189,8 @@ EXAMPLES = """examples:
                                                    a try: Gemma 2 2B on one GPU of 24 GB
   python score.py --task answers --data D --model NAME --lora 16 --batch 64 --steps1 50 --steps2 50
   python score.py --resume --out runs/math         go on after a stop
-  python score.py --stage 2 --alpha 0 --model runs/sums/base --init runs/sums/base --steps2 240 \\
-    --out runs/direct                              direct RL, from the base model of runs/sums
+  python score.py --stage 2 --alpha 0 --model runs/sums/base --init runs/sums/base --out runs/direct
+                                                   direct RL, from the base model of runs/sums
 """
 EVAL_EXAMPLES = """examples:
   python eval.py --model NAME --task answers --data FOLDER  a base model, on your own questions
