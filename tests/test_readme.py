@@ -124,10 +124,10 @@ def test_the_tables_are_those_of_the_results_in_assets():
     held, failed, unsure = map(
         tables.claims(results).count, ("| yes |", "| **no** |", "| not sure |")
     )
-    equal = sum(claim.equal for claim in tables.CLAIMS)
-    said = f'We tested {len(tables.CLAIMS) - equal} comparisons of the paper ("A is above B")'
+    untested = sum(claim.least < 0 for claim in tables.CLAIMS)
+    said = f'We tested {len(tables.CLAIMS) - untested} comparisons of the paper ("A is above B")'
     for text in (README, RESULTS):
-        words = f"{said}: here {held - equal} hold, {failed} do not, {unsure} are unclear"
+        words = f"{said}: here {held - untested} hold, {failed} do not, {unsure} are unclear"
         assert words in " ".join(text.split())
     rows = results["rows"].items()
     means = {name: [statistics.mean(row[c]) for c in ("acc_t1", "acc_t2")] for name, row in rows}

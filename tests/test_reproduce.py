@@ -136,9 +136,15 @@ def test_a_claim_is_confirmed_only_if_the_numbers_show_it():
     assert len(verdicts) == len(tables.CLAIMS)
     assert verdicts["acc@t2: SCoRe > direct RL"] == "yes"
     assert verdicts["delta: SCoRe > direct RL"] == "**no**"
-    assert verdicts["base model: acc@t2 = acc@t1"] == "**no**"
-    assert verdicts["Self-Refine: acc@t2 = acc@t1"] == "yes"
+    assert verdicts["base model: acc@t1 ≥ acc@t2"] == "**no**"
+    assert verdicts["Self-Refine: acc@t1 ≥ acc@t2"] == "yes"
     assert verdicts["delta: Stage I > base model"] == "**no**"  # no difference at all
+    rows["base"]["acc_t2"] = [0.30, 0.40, 0.50]  # clearly worse, as in the paper: no better
+    assert "| base model: acc@t1 ≥ acc@t2 | .610 | .400 |  | yes |" in tables.claims({"rows": rows})
+    for moved in (0.02, -0.02):  # attempt 1 is held neither if it improves nor if it gets worse
+        rows["stage1"] = {**usual, "acc_t1": [x + moved for x in usual["acc_t1"]]}
+        line = next(x for x in tables.claims({"rows": rows}).splitlines() if "Stage I = base" in x)
+        assert line.endswith("| **no** |")
     rows["direct"]["acc_t2"] = [0.30, 0.61, 0.72]  # better in one seed of three
     assert "not sure" in tables.claims({"rows": rows})
 
